@@ -1,0 +1,1 @@
+"""Annotated images: readers, checks, training tiles."""

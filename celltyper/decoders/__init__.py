@@ -1,0 +1,1 @@
+"""Decoders: feature maps of an encoder to one map at image size."""

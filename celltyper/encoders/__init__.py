@@ -1,0 +1,1 @@
+"""ViT encoders: any timm ViT as a module that returns feature maps."""

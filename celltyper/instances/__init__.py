@@ -1,0 +1,1 @@
+"""Instance methods: labels to targets, predicted maps to labels."""

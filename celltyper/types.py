@@ -1,0 +1,171 @@
+"""The arrays and records that travel between the parts of celltyper.
+
+Arrays are ``(row, column)``; tables are ``x, y`` with ``x`` the column. Pixel centres lie on
+integers plus one half in tables and outlines, so that the outline of pixel ``[0, 0]`` is the unit
+square from ``(0, 0)`` to ``(1, 1)``: QuPath's and OpenSlide's convention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NewType, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from celltyper.errors import DataError
+
+Microns = NewType("Microns", float)
+"""A length in micrometres."""
+
+MicronsPerPixel = NewType("MicronsPerPixel", float)
+"""A resolution in micrometres per pixel."""
+
+Image = NDArray[np.uint8]
+"""RGB image, ``(H, W, 3)`` uint8."""
+
+Labels = NDArray[np.int32]
+"""Instance labels, ``(H, W)`` int32, 0 is background, ids need not be contiguous."""
+
+Maps = Mapping[str, NDArray[np.float32]]
+"""Pixel maps by name, each ``(C, H, W)`` float32, activated (probabilities, not logits)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One annotated image.
+
+    Parameters
+    ----------
+    image : ndarray of uint8, shape (H, W, 3)
+        RGB image.
+    labels : ndarray of int32, shape (H, W)
+        Instance ids, 0 is background.
+    phenotypes : ndarray of uint8, shape (labels.max() + 1,)
+        Class of every label id, as a lookup table: ``phenotypes[labels]`` is the phenotype map.
+        Entry 0 is background; foreground classes count from 1. Ids that are not in the image
+        hold 0.
+    name : str
+        Unique name within its dataset; the stem of the image file.
+    group : str
+        Patient, slide or field that the image belongs to; splits and intervals respect it.
+    mpp : float or None
+        Micrometres per pixel, None if unknown.
+
+    Raises
+    ------
+    DataError
+        If shapes or dtypes do not fit together, naming the sample.
+    """
+
+    image: Image
+    labels: Labels
+    phenotypes: NDArray[np.uint8]
+    name: str = ""
+    group: str = ""
+    mpp: float | None = None
+
+    def __post_init__(self) -> None:
+        where = f"sample {self.name!r}"
+        if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
+            raise DataError(
+                f"{where}: image must be (H, W, 3) uint8, got {self.image.shape} {self.image.dtype}"
+            )
+        if self.labels.shape != self.image.shape[:2]:
+            raise DataError(
+                f"{where}: labels are {self.labels.shape}, but the image is "
+                f"{self.image.shape[:2]}; both must have the same height and width"
+            )
+        if self.labels.dtype != np.int32:
+            raise DataError(f"{where}: labels must be int32, got {self.labels.dtype}")
+        top = int(self.labels.max(initial=0))
+        if len(self.phenotypes) != top + 1 or self.phenotypes[0] != 0:
+            raise DataError(
+                f"{where}: phenotypes must be a lookup table of {top + 1} entries "
+                f"with 0 first, got {len(self.phenotypes)} entries"
+            )
+
+
+MapActivation = Literal["sigmoid", "tanh", "relu", "identity", "softmax"]
+MapLoss = Literal["bce_dice", "mse", "hv", "smooth_l1"]
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """What an instance method needs from the network for one map.
+
+    Parameters
+    ----------
+    channels : int
+        Number of channels, at least 1.
+    activation : {"sigmoid", "tanh", "relu", "identity", "softmax"}
+        Applied to the raw output before decoding. Losses see the raw output.
+    loss : {"bce_dice", "mse", "hv", "smooth_l1"}
+        Loss against the encoded target; ``hv`` is MSE plus MSE of gradients inside nuclei
+        (HoVer-Net, doi:10.1016/j.media.2019.101563).
+    """
+
+    channels: int
+    activation: MapActivation
+    loss: MapLoss
+
+
+@runtime_checkable
+class InstanceMethod(Protocol):
+    """Turns instance labels into training targets and predicted maps into instance labels.
+
+    Nothing to subclass: any object with these three members will do. See
+    ``celltyper.testing.check_instances``.
+    """
+
+    @property
+    def maps(self) -> Mapping[str, MapSpec]:
+        """Maps by name; every name is one 1x1 head of the model."""
+        ...
+
+    def encode(self, labels: Labels) -> dict[str, NDArray[np.float32]]:
+        """Targets ``(C, H, W)`` float32 by map name for labels ``(H, W)`` int32."""
+        ...
+
+    def decode(self, maps: Maps) -> Labels:
+        """Labels ``(H, W)`` int32 for activated maps ``(C, H, W)`` float32."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the model says about one image, in the image's own pixels.
+
+    Parameters
+    ----------
+    labels : ndarray of int32, shape (H, W)
+        Instance ids ``1..n``, 0 is background.
+    probabilities : ndarray of float32, shape (K + 1, H, W)
+        Softmax over background and the K phenotypes.
+    cell_probabilities : ndarray of float32, shape (n, K + 1)
+        Mean softmax inside every cell; row i belongs to label i + 1.
+    classes : tuple of str
+        Names of the K phenotypes; class k of the maps is ``classes[k - 1]``.
+    mpp : float or None
+        Micrometres per pixel of the image.
+    name : str
+        Name of the image.
+    """
+
+    labels: Labels
+    probabilities: NDArray[np.float32]
+    cell_probabilities: NDArray[np.float32]
+    classes: tuple[str, ...]
+    mpp: float | None = None
+    name: str = ""
+    colors: tuple[str, ...] = field(default=())
+
+    @property
+    def phenotypes(self) -> NDArray[np.uint8]:
+        """Most probable foreground class (1..K) of every cell, as lookup table over labels."""
+        best = 1 + self.cell_probabilities[:, 1:].argmax(axis=1) if len(self) else []
+        return np.concatenate([[0], best]).astype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.cell_probabilities)
