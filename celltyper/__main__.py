@@ -1,0 +1,285 @@
+"""The ``celltyper`` command; every command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from celltyper import __version__
+from celltyper.errors import CelltyperError
+
+PATH = click.Path(path_type=Path)
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=CONTEXT)
+@click.option("--debug", is_flag=True, help="Show the traceback of errors.")
+@click.version_option(__version__, prog_name="celltyper")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Find every nucleus on an H&E image, outline it and name its phenotype."""
+    context.obj = {"debug": debug}
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that computes."""
+    command = click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")(command)
+    return click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
+    )(command)
+
+
+def trusting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that loads a model."""
+    command = click.option(
+        "--allow-code", is_flag=True, help="Import the author's code that a model names."
+    )(command)
+    return click.option(
+        "--encoder-weights",
+        metavar="FILE",
+        help="Base weights of the encoder, if not where they were at training.",
+    )(command)
+
+
+@cli.command()
+@click.argument("config")
+@click.option("-o", "--output", type=PATH, required=True, help="Run folder to write.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override section.key=value."
+)
+@click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
+@click.option("--overwrite", is_flag=True, help="Start over where another run is.")
+@common
+def train(
+    config: str,
+    output: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    device: str,
+    quiet: bool,
+) -> None:
+    r"""Train a model as CONFIG says: a YAML file or the name of a recipe.
+
+    \b
+    celltyper train unetr -o run --set data.root=DATA
+    """
+    _log(quiet)
+    from celltyper.config import load_config
+    from celltyper.training import train as run
+
+    folder = run(
+        load_config(config, overrides),
+        output,
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+        progress=not quiet,
+    )
+    _say(quiet, f"run: {folder}")
+
+
+@cli.command()
+@click.argument("inputs", nargs=-1, required=True, type=PATH, metavar="IMAGE...")
+@click.option("-m", "--model", type=PATH, required=True, help="Run folder or checkpoint.")
+@click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
+@click.option("--mpp", type=float, help="Micrometres per pixel of the images.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "fp16"])
+)
+@click.option("--overwrite", is_flag=True, help="Replace earlier results in the folder.")
+@trusting
+@common
+def infer(
+    inputs: tuple[Path, ...],
+    model: Path,
+    output: Path,
+    mpp: float | None,
+    batch_size: int,
+    precision: str,
+    overwrite: bool,
+    encoder_weights: str | None,
+    allow_code: bool,
+    device: str,
+    quiet: bool,
+) -> None:
+    r"""Find and type the cells of images (PNG, JPEG, TIFF) or of folders of images.
+
+    \b
+    celltyper infer image.png -m run -o out
+    """
+    _log(quiet)
+    from celltyper.inference import infer as run
+
+    folder = run(
+        inputs,
+        model,
+        output,
+        mpp=mpp,
+        device=device,
+        batch_size=batch_size,
+        precision=precision,
+        overwrite=overwrite,
+        encoder_weights=encoder_weights,
+        allow_code=allow_code,
+        progress=not quiet,
+    )
+    _say(quiet, f"cells: {folder / 'cells.parquet'}")
+
+
+@cli.command(name="eval")
+@click.argument("run", required=False, type=PATH)
+@click.argument("data", required=False, type=PATH)
+@click.option("--pred", type=PATH, help="Folder that 'celltyper infer' wrote, or label images.")
+@click.option("--ref", type=PATH, help="Annotated images.")
+@click.option("-o", "--output", type=PATH, help="Folder to write.  [default: RUN/eval or PRED]")
+@click.option("--mpp", type=float, help="Micrometres per pixel, if the data state none.")
+@click.option("--resamples", default=1000, show_default=True, type=click.IntRange(0))
+@click.option("--overwrite", is_flag=True, help="Replace an earlier evaluation.")
+@trusting
+@common
+def evaluate(
+    run: Path | None,
+    data: Path | None,
+    pred: Path | None,
+    ref: Path | None,
+    output: Path | None,
+    mpp: float | None,
+    resamples: int,
+    overwrite: bool,
+    encoder_weights: str | None,
+    allow_code: bool,
+    device: str,
+    quiet: bool,
+) -> None:
+    r"""Score a model on annotated images, or predictions that are there already.
+
+    \b
+    celltyper eval RUN DATA
+    celltyper eval --pred OUT --ref DATA
+    """
+    if (
+        (run is None) == (pred is None)
+        or (data is None) == (ref is None)
+        or bool(run) != bool(data)
+    ):
+        raise click.UsageError("give RUN and DATA, or --pred and --ref")
+    _log(quiet)
+    from celltyper.results import evaluate_predictions, evaluate_run, summary_text
+
+    if run is not None and data is not None:
+        summary, folder = evaluate_run(
+            run,
+            data,
+            output,
+            mpp=mpp,
+            resamples=resamples,
+            overwrite=overwrite,
+            device=device,
+            encoder_weights=encoder_weights,
+            allow_code=allow_code,
+            progress=not quiet,
+        )
+    else:
+        assert pred is not None
+        assert ref is not None
+        summary, folder = evaluate_predictions(
+            pred, ref, output, resamples=resamples, overwrite=overwrite
+        )
+    _say(quiet, summary_text(summary))
+    _say(quiet, f"report: {folder / 'report.html'}")
+
+
+@cli.command()
+@click.option("-o", "--output", type=PATH, default=Path("demo"), show_default=True)
+@click.option("--data", type=PATH, help="Own annotated images instead of the sample.")
+@click.option("--quick", is_flag=True, help="A tenth of the training, to see it run.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier demo in the folder.")
+@common
+def demo(
+    output: Path, data: Path | None, quick: bool, overwrite: bool, device: str, quiet: bool
+) -> None:
+    """Train, infer and evaluate on two real H&E fields; a few minutes on two cores."""
+    _log(quiet)
+    from celltyper.demo import run_demo
+
+    run_demo(
+        output,
+        data=data,
+        quick=quick,
+        overwrite=overwrite,
+        device=device,
+        progress=not quiet,
+        say=lambda text: _say(quiet, text),
+    )
+
+
+@cli.command()
+@click.argument("name", required=False)
+def encoders(name: str | None) -> None:
+    """List the encoders that are known by name, or show the card of one."""
+    from celltyper.encoders.cards import list_cards, load_card
+
+    if name is not None:
+        for key, value in load_card(name).model_dump(mode="json").items():
+            click.echo(f"{key:16} {value}")
+        return
+    click.echo(f"{'name':28} {'patch':>5} {'dim':>5} {'input':>5} {'mpp':>5}  licence")
+    for card in map(load_card, list_cards()):
+        gate = " (gated)" if card.gated else ""
+        click.echo(
+            f"{card.name:28} {card.patch_size:>5} {card.embed_dim:>5} {card.input_size:>5} "
+            f"{card.mpp or '-':>5}  {card.licence}{gate}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors are one line, exit code 2 for wrong input, 1 for a failure."""
+    debug = "--debug" in (sys.argv if arguments is None else arguments)
+    try:
+        code = cli.main(args=arguments, prog_name="celltyper", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        code = 130
+    except CelltyperError as error:
+        if debug:
+            raise
+        click.echo(f"celltyper: {error}", err=True)
+        code = error.exit_code
+    except (OSError, RuntimeError, MemoryError) as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        click.echo(f"celltyper: {text} (--debug shows where)", err=True)
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _log(quiet: bool) -> None:
+    """Send celltyper's log to standard error, plain."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("celltyper")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+
+
+def _say(quiet: bool, text: str) -> None:
+    if not quiet:
+        click.echo(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Delta checkpoints: what was trained, as one safetensors file, never the base weights.
+
+A checkpoint holds the decoder, the heads and whatever of the encoder was trained (LoRA matrices,
+or everything for ``adapt: full``), and as JSON metadata the resolved config, the label map, the
+working resolution and the fingerprint of the encoder it belongs to. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from celltyper import __version__
+from celltyper.atomic import atomic_path
+from celltyper.config import Config, one_line, parse_config
+from celltyper.encoders.adapt import fingerprint
+from celltyper.errors import CheckpointError
+from celltyper.models import CellTyper, build_model
+
+FORMAT = 1
+MODEL_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Header:
+    """The metadata of a checkpoint."""
+
+    config: dict[str, Any]
+    classes: tuple[str, ...]
+    colors: tuple[str, ...]
+    mpp: float | None
+    encoder_fingerprint: str
+    celltyper_version: str = __version__
+    format: int = FORMAT
+
+
+def trained_state(model: CellTyper, adapt: str) -> dict[str, Tensor]:
+    """State that training may change: decoder, heads, and the adapted part of the encoder.
+
+    Parameters
+    ----------
+    model : CellTyper
+    adapt : {"frozen", "lora", "full"}
+
+    Returns
+    -------
+    dict of str to Tensor
+        A subset of ``model.state_dict()``, not copied.
+    """
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("encoder.")
+        or adapt == "full"
+        or (adapt == "lora" and "lora_" in name)
+    }
+
+
+def save_model(
+    path: Path, model: CellTyper, config: Config, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a delta checkpoint, atomically.
+
+    Parameters
+    ----------
+    path : Path
+        The file to write.
+    model : CellTyper
+    config : Config
+        The resolved config of the run.
+    state : mapping of str to Tensor or None
+        Taken instead of the model's own trained state (an average over steps, say).
+    """
+    header = Header(
+        config=config.model_dump(mode="json"),
+        classes=model.classes,
+        colors=model.colors,
+        mpp=model.mpp,
+        encoder_fingerprint=fingerprint(model.encoder),
+    )
+    state = trained_state(model, config.encoder.adapt) if state is None else state
+    write_tensors(path, state, asdict(header))
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    encoder_weights: str | None = None,
+    allow_code: bool = False,
+) -> CellTyper:
+    """Load a trained model from a run folder or a checkpoint file.
+
+    Parameters
+    ----------
+    path : str or Path
+        What ``celltyper train`` wrote, or the ``model.safetensors`` in it.
+    device : str or torch.device
+        Where to put the model.
+    encoder_weights : str or None
+        File of the encoder's base weights, if they are not where they were at training.
+    allow_code : bool
+        Whether a decoder or instance method named ``package.module:Class`` in the checkpoint may
+        be imported. Only for checkpoints you trust.
+
+    Returns
+    -------
+    CellTyper
+        In evaluation mode.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, of another format, names code that was not allowed, or
+        does not fit the encoder.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / MODEL_FILE
+    if not file.is_file():
+        raise CheckpointError(f"no model at {file}: give a run folder that 'celltyper train' wrote")
+    state, values = read_tensors(file)
+    try:
+        header = Header(**values)
+        config = parse_config(header.config, where=f"config in {file}")
+    except TypeError as error:
+        raise CheckpointError(f"{file} is not a celltyper model: {one_line(error)}") from error
+    if header.format != FORMAT:
+        raise CheckpointError(
+            f"{file} has checkpoint format {header.format}, this celltyper reads {FORMAT}; "
+            f"use celltyper {header.celltyper_version}"
+        )
+    code = [n for n in (config.decoder.name, config.instances.method) if ":" in n]
+    if code and not allow_code:
+        raise CheckpointError(
+            f"{file} names code of its author ({', '.join(code)}); if you trust it, "
+            "pass --allow-code (allow_code=True in Python)"
+        )
+    if config.encoder.adapt == "full":
+        # Every weight of the encoder is in the checkpoint; the base need not be at hand.
+        encoder_weights = "random"
+    if encoder_weights is not None:
+        encoder = config.encoder.model_copy(update={"weights": encoder_weights})
+        config = config.model_copy(update={"encoder": encoder})
+    model = build_model(config, header.classes, header.mpp, header.colors)
+    found = fingerprint(model.encoder)
+    if config.encoder.adapt != "full" and found != header.encoder_fingerprint:
+        raise CheckpointError(
+            f"{file} was trained on other weights of {config.encoder.name} (fingerprint "
+            f"{header.encoder_fingerprint[:12]}, here {found[:12]}); pass the right file with "
+            "--encoder-weights"
+        )
+    load_state(model, state, config.encoder.adapt, where=str(file))
+    return model.to(device).eval()
+
+
+def load_state(model: CellTyper, state: Mapping[str, Tensor], adapt: str, *, where: str) -> None:
+    """Put trained state back into a model; every expected tensor must be there, and no other.
+
+    Parameters
+    ----------
+    model : CellTyper
+    state : mapping of str to Tensor
+    adapt : {"frozen", "lora", "full"}
+    where : str
+        Names the file in error messages.
+
+    Raises
+    ------
+    CheckpointError
+        Listing tensors that are missing, left over or of another shape.
+    """
+    expected = trained_state(model, adapt)
+    wrong = sorted(
+        {f"{k} is missing" for k in expected.keys() - state.keys()}
+        | {f"{k} is left over" for k in state.keys() - expected.keys()}
+        | {
+            f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
+            for k in expected.keys() & state.keys()
+            if state[k].shape != expected[k].shape
+        }
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{where} does not fit the model: {'; '.join(wrong[:5])}"
+            + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        )
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(state[name])
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header as one safetensors file, atomically."""
+    own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(own, temporary, metadata={"celltyper": json.dumps(header)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged or was not written by celltyper.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, dict(json.loads(metadata["celltyper"]))
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or was not written by celltyper ({one_line(error)})"
+        ) from error

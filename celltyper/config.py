@@ -1,0 +1,266 @@
+"""What a run is made of: every section, every default, and how YAML and ``--set`` fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from celltyper.errors import ConfigError, unknown_name
+
+
+class Section(BaseModel):
+    """One section of the config: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """Where the annotated images are and how training tiles are drawn from them."""
+
+    root: Path | None = None
+    reader: Literal["auto", "folder", "masks"] = "auto"
+    train: str = "train"
+    val: str = "val"
+    val_fraction: float = Field(0.2, gt=0.0, lt=1.0)
+    mpp: float | None = Field(None, gt=0.0)
+    tile: int = Field(256, ge=32, le=2048)
+    balance: float = Field(0.5, ge=0.0, le=1.0)
+    workers: int = Field(0, ge=0)
+
+
+class Lora(Section):
+    """Low-rank adaptation of the encoder (Hu 2021, doi:10.48550/arXiv.2106.09685)."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0.0)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    targets: Literal["attention", "attention+output", "attention+mlp"] = "attention"
+
+
+class Encoder(Section):
+    """Which encoder, from which weights, and what of it is trained."""
+
+    name: str = "vit_small_patch14_dinov2"
+    weights: str = "auto"
+    adapt: Literal["frozen", "lora", "full"] = "frozen"
+    lora: Lora = Lora()
+    options: dict[str, Any] = {}
+
+
+class Decoder(Section):
+    """Which decoder; ``options`` go to its constructor."""
+
+    name: str = "unetr"
+    options: dict[str, Any] = {}
+
+
+class Instances(Section):
+    """How maps become cells; ``options`` go to the instance method."""
+
+    method: str = "hv"
+    options: dict[str, Any] = {}
+
+
+class Augment(Section):
+    """Strengths of the training augmentation; zero switches a transform off."""
+
+    dihedral: bool = True
+    affine_probability: float = Field(1.0, ge=0.0, le=1.0)
+    rotate: float = Field(180.0, ge=0.0, le=180.0)
+    shift: float = Field(0.1, ge=0.0, le=1.0)
+    scale: float = Field(0.2, ge=0.0, lt=1.0)
+    elastic: float = Field(1.5, ge=0.0)
+    hed_sigma: float = Field(0.025, ge=0.0)
+    hed_bias: float = Field(0.05, ge=0.0)
+    color: float = Field(0.1, ge=0.0, lt=1.0)
+    blur: float = Field(0.7, ge=0.0)
+    noise: float = Field(4.0, ge=0.0)
+
+
+class Loss(Section):
+    """Weights of the terms of the loss."""
+
+    cross_entropy: float = Field(1.0, ge=0.0)
+    dice: float = Field(1.0, ge=0.0)
+    focal: float = Field(0.0, ge=0.0)
+    focal_gamma: float = Field(2.0, ge=0.0)
+    instances: float = Field(1.0, ge=0.0)
+    label_smoothing: float = Field(0.05, ge=0.0, lt=1.0)
+    class_weights: Literal["none", "inverse", "effective", "published"] = "effective"
+
+
+class Train(Section):
+    """Optimisation, validation, stopping and logging."""
+
+    steps: int = Field(10_000, ge=1)
+    batch_size: int = Field(16, ge=1)
+    lr: float = Field(3e-4, gt=0.0)
+    encoder_lr: float | None = Field(None, gt=0.0)
+    weight_decay: float = Field(0.03, ge=0.0)
+    warmup: int = Field(200, ge=0)
+    clip: float = Field(2.0, gt=0.0)
+    ema: float = Field(0.0, ge=0.0, lt=1.0)
+    accumulate: int = Field(1, ge=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    validate_every: int = Field(200, ge=1)
+    patience: int | None = Field(None, ge=1)
+    metric: str = "macro_f1"
+    log: Literal["csv", "tensorboard"] = "csv"
+
+
+class Infer(Section):
+    """Tiling of images at inference."""
+
+    tile: int | None = Field(None, ge=32, le=4096)
+    overlap: int = Field(64, ge=0)
+    batch_size: int = Field(8, ge=1)
+
+
+class Config(Section):
+    """A whole run. Defaults live here only; a YAML holds what a recipe chooses."""
+
+    task: Literal["cells"] = "cells"
+    seed: int = Field(0, ge=0)
+    data: Data = Data()
+    encoder: Encoder = Encoder()
+    decoder: Decoder = Decoder()
+    instances: Instances = Instances()
+    augment: Augment = Augment()
+    loss: Loss = Loss()
+    train: Train = Train()
+    infer: Infer = Infer()
+
+
+def recipes() -> dict[str, Path]:
+    """Recipes that come with celltyper, by name.
+
+    Returns
+    -------
+    dict of str to Path
+        YAML files by stem: those inside the installed package, or ``configs/`` of a checkout.
+    """
+    package = Path(__file__).parent
+    folders = (package / "configs", package.parent / "configs")
+    folder = next((f for f in folders if f.is_dir()), None)
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))} if folder else {}
+
+
+def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a config from a YAML file or a recipe's name and apply overrides.
+
+    Parameters
+    ----------
+    source : str or Path
+        Path of a YAML file, or the name of a recipe (see `recipes`).
+    overrides : iterable of str
+        Assignments ``section.key=value``; the value is parsed as YAML.
+
+    Returns
+    -------
+    Config
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing or not YAML, a key is unknown or a value is out of bounds; the
+        message names the key.
+    """
+    path = Path(source)
+    known = recipes()
+    if not path.is_file():
+        if path.suffix in {".yaml", ".yml"}:
+            raise ConfigError(f"config {path} does not exist; recipes: {', '.join(sorted(known))}")
+        if str(source) not in known:
+            raise unknown_name("recipe", str(source), known)
+        path = known[str(source)]
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections such as 'encoder:', got {values!r}")
+    return parse_config(values, overrides, where=str(path))
+
+
+def parse_config(
+    values: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "config"
+) -> Config:
+    """Validate nested values as a `Config`, after applying ``section.key=value`` overrides.
+
+    Parameters
+    ----------
+    values : mapping
+        Sections by name, as read from YAML.
+    overrides : iterable of str
+        Assignments ``section.key=value``.
+    where : str
+        Names the source in error messages.
+
+    Returns
+    -------
+    Config
+
+    Raises
+    ------
+    ConfigError
+        Naming the first key that is unknown or out of bounds.
+    """
+    merged = _copy(values)
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"--set {override!r}: expected section.key=value")
+        *sections, last = key.strip().split(".")
+        target = merged
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section")
+        try:
+            target[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: {one_line(error)}") from error
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first_problem(error)}") from error
+
+
+def dump_config(config: Config) -> str:
+    """Write a config as YAML with every value, defaults included.
+
+    Parameters
+    ----------
+    config : Config
+
+    Returns
+    -------
+    str
+        YAML that `load_config` reads back as an equal config.
+    """
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def one_line(error: Exception) -> str:
+    """Squeeze the message of an exception into one line."""
+    return " ".join(str(error).split())
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in first["loc"][:-1]:
+            section = section.model_fields[str(part)].annotation
+        return str(unknown_name("key", key, section.model_fields))
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{key}: {first['msg'].lower()}, got {first['input']!r}{more}"

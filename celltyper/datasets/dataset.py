@@ -1,0 +1,116 @@
+"""A dataset: named samples that are read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from celltyper.errors import DataError
+from celltyper.types import Sample
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Annotated images that are read on access.
+
+    Parameters
+    ----------
+    name : str
+        Name of the dataset.
+    path : Path
+        Where it lives, for messages and provenance.
+    classes : tuple of str
+        Phenotypes; class id k is ``classes[k - 1]``.
+    mpp : float or None
+        Micrometres per pixel, None if unknown.
+    names : tuple of str
+        Names of the samples, in order.
+    groups : mapping of str to str
+        Patient, slide or field of every sample, by sample name.
+    read : callable
+        Reads one sample by name. Picklable, so that data-loading workers may carry it.
+    splits : mapping of str to tuple of str
+        Published splits, sample names by split name.
+    colours : tuple of str
+        ``#rrggbb`` by class, empty if the dataset states none.
+
+    Examples
+    --------
+    >>> from celltyper.datasets import open_dataset
+    >>> data = open_dataset("my-cells")                       # doctest: +SKIP
+    >>> data.classes, len(data), data[0].image.shape          # doctest: +SKIP
+    (('tumour', 'immune'), 12, (1000, 1000, 3))
+    """
+
+    name: str
+    path: Path
+    classes: tuple[str, ...]
+    mpp: float | None
+    names: tuple[str, ...]
+    groups: Mapping[str, str]
+    read: Callable[[str], Sample]
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    colours: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int | str) -> Sample:
+        """Sample by position or by name."""
+        if isinstance(index, str):
+            if index not in self.groups or index not in self.names:
+                raise DataError(f"{self.path}: no image {index!r} in this dataset")
+            return self.read(index)
+        return self.read(self.names[index])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self.read(name) for name in self.names)
+
+    def subset(self, names: Iterable[str], name: str | None = None) -> Dataset:
+        """Return the dataset restricted to some samples.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Sample names, kept in the given order.
+        name : str, optional
+            Name of the part.
+
+        Returns
+        -------
+        Dataset
+            Same classes, colours and resolution; splits are dropped.
+
+        Raises
+        ------
+        DataError
+            If a name is not in the dataset.
+        """
+        names = tuple(names)
+        known = set(self.names)
+        missing = [n for n in names if n not in known]
+        if missing:
+            raise DataError(f"{self.path}: no image named {listing(missing)} in this dataset")
+        groups = {n: self.groups[n] for n in names}
+        return replace(self, name=name or self.name, names=names, groups=groups, splits={})
+
+
+def listing(items: Iterable[object], limit: int = 5) -> str:
+    """Render items for a one-line message, at most `limit` of them.
+
+    Parameters
+    ----------
+    items : iterable of object
+        What to list.
+    limit : int
+        How many are spelled out.
+
+    Returns
+    -------
+    str
+        Such as ``"'a', 'b' and 3 more"``.
+    """
+    items = list(items)
+    text = ", ".join(repr(i) if isinstance(i, str) else str(i) for i in items[:limit])
+    return text if len(items) <= limit else f"{text} and {len(items) - limit} more"

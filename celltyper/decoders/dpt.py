@@ -1,0 +1,91 @@
+"""DPT: tokens of four blocks as a pyramid, fused from coarse to fine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from celltyper.decoders.grid import resize, to_pixels
+from celltyper.errors import ConfigError
+
+
+class DptDecoder(nn.Module):
+    """Dense prediction transformer's decoder (doi:10.48550/arXiv.2103.13413).
+
+    Four maps are reassembled at 4, 2, 1 and 1/2 times the patch grid, fused by residual units
+    and doubled at each step to 8 times the grid, then brought to the pixels.
+
+    Parameters
+    ----------
+    channels : sequence of 4 int
+        Channels of the encoder's maps, from shallow to deep.
+    patch_size : int
+        Side of a patch in pixels.
+    width : int
+        Channels of the pyramid; the paper has 256.
+
+    Notes
+    -----
+    Batch norm inside the residual units, as the paper advises for segmentation: statistics of
+    the tile (instance or group norm) would make cells depend on where the tiles lie.
+    """
+
+    def __init__(self, channels: Sequence[int], patch_size: int, *, width: int = 64) -> None:
+        super().__init__()
+        if len(channels) != 4:
+            raise ConfigError(f"decoder 'dpt' needs 4 feature maps, the encoder has {channels}")
+        if width < 2:
+            raise ConfigError(f"decoder 'dpt' needs a width of 2 or more, got {width}")
+        self.patch_size = patch_size
+        self.out_channels = width // 2
+        scale: list[nn.Module] = [
+            nn.ConvTranspose2d(width, width, kernel_size=4, stride=4),
+            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
+            nn.Identity(),
+            nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1),
+        ]
+        self.reassemble = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, width, kernel_size=1), s)
+            for c, s in zip(channels, scale, strict=True)
+        )
+        self.enter = nn.ModuleList(_Residual(width) for _ in range(3))
+        self.leave = nn.ModuleList(_Residual(width) for _ in range(4))
+        self.mix = nn.ModuleList(nn.Conv2d(width, width, kernel_size=1) for _ in range(4))
+        self.head = nn.Sequential(
+            nn.Conv2d(width, width // 2, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(width // 2),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, features: Sequence[Tensor], images: Tensor) -> Tensor:
+        """Decode four maps ``(B, C, h, w)`` to ``(B, width // 2, H, W)``."""
+        rows, cols = features[-1].shape[2:]
+        levels = [part(f) for part, f in zip(self.reassemble, features, strict=True)]
+        sizes = [(8 * rows, 8 * cols), *(level.shape[2:] for level in levels[:3])]
+        x = levels[3]
+        for i in (3, 2, 1, 0):
+            if i < 3:
+                x = x + self.enter[i](levels[i])
+            # a 1x1 convolution commutes with the resize and is cheaper before it
+            x = resize(self.mix[i](self.leave[i](x)), *sizes[i])
+        return to_pixels(self.head(x), features[-1], images, self.patch_size)
+
+
+class _Residual(nn.Module):
+    """Two pre-activated 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.body(x)
+        return out

@@ -1,0 +1,469 @@
+"""Scores of predicted cells against annotated ones: both F1s, panoptic quality, intervals.
+
+Every image becomes a table of its objects (annotated nuclei with what the model said of them,
+predicted cells that match none); every score is a ratio of sums over those objects, so that one
+resampling of clusters gives the interval of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from celltyper.errors import DataError
+from celltyper.labels import centroids
+from celltyper.metrics.bootstrap import cluster_bootstrap
+from celltyper.metrics.calibration import expected_calibration_error
+from celltyper.metrics.counts import count_moments, count_r2
+from celltyper.metrics.detection import (
+    PLAIN_WEIGHTS,
+    detection_f1,
+    match_points,
+    typed_f1,
+)
+from celltyper.metrics.jaccard import aggregated_jaccard
+from celltyper.metrics.matching import Matches, match_iou, overlap, types_of
+from celltyper.metrics.panoptic import mpq_pannuke, mpq_plus, pq_of_counts
+from celltyper.metrics.ratios import mean_of_known, ratio
+from celltyper.metrics.reference import class_f1, macro_f1, reference_instance_classes
+from celltyper.types import Prediction, Sample
+
+Values = NDArray[np.float64]
+
+RADIUS_UM = 3.0
+"""Largest centroid distance of a detection, micrometres: HoVer-Net's 12 px at 0.25 mpp."""
+
+RADIUS_PX = 12.0
+"""The same in pixels, where the resolution is unknown."""
+
+BLOCK_PX = 256
+"""Side of the blocks that are resampled where there are too few patients or fields."""
+
+MIN_GROUPS = 8
+"""From this many patients or fields on, they are resampled, not blocks."""
+
+SCORES: dict[str, str] = {
+    "macro_f1": "reference instances: mean class probability in each annotated nucleus, argmax "
+    "including background, F1 per class, unweighted mean (PathoCellBench)",
+    "detection_f1": "end to end: centroids paired one to one within 3 um (HoVer-Net F_d)",
+    "typed_f1": "end to end: F_c of HoVer-Net on the same pairs, unweighted mean over classes",
+    "typed_f1_iou": "end to end: F1 per class, pairs at IoU >= 0.5, unweighted mean over classes",
+    "bpq": "panoptic quality whatever the class, IoU > 0.5, mean over images",
+    "mpq": "panoptic quality per class, mean over classes of each image, then images (PanNuke)",
+    "bpq_plus": "panoptic quality whatever the class, sums pooled over images",
+    "mpq_plus": "panoptic quality per class, sums pooled over images, mean over classes (CoNIC)",
+    "aji": "aggregated Jaccard index, mean over images (Kumar 2017)",
+    "count_r2": "R2 of cell counts per image and class, mean over classes (CoNIC)",
+}
+"""Every score of a dense evaluation, with the rule it is computed by."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score with its 95 % bootstrap interval; NaN where it cannot be computed."""
+
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageScores:
+    """The objects of one image and how they match; sums of these give every score.
+
+    Parameters
+    ----------
+    name, group : str
+        Of the sample.
+    true, guess : ndarray of int
+        Class of every annotated nucleus (n,) and predicted cell (m,), ids ascending; 0 unknown.
+    seen : ndarray of int, shape (n,)
+        Class 0..K that the probability map gives each annotated nucleus.
+    confidence : ndarray of float32, shape (n, K + 1)
+        Mean probabilities inside each annotated nucleus.
+    near, strict, loose : Matches
+        Pairs by centroid distance, by IoU > 0.5 and by IoU >= 0.5.
+    ref_block, pred_block : ndarray of int
+        Block of the image that each centroid lies in.
+    aji : float
+        Aggregated Jaccard index of the image.
+    """
+
+    name: str
+    group: str
+    true: NDArray[np.intp]
+    guess: NDArray[np.intp]
+    seen: NDArray[np.intp]
+    confidence: NDArray[np.float32]
+    near: Matches
+    strict: Matches
+    loose: Matches
+    ref_block: NDArray[np.int64]
+    pred_block: NDArray[np.int64]
+    aji: float
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """Scores of a set of images.
+
+    Parameters
+    ----------
+    classes : tuple of str
+    scores : dict of str to Estimate
+        By the names of `SCORES`.
+    per_class : dict of str to dict of str to Estimate
+        ``f1`` (reference rule), ``typed_f1``, ``typed_f1_iou``, ``pq`` (pooled), ``count_r2`` and
+        the number of annotated (``reference``) and predicted (``predicted``) cells.
+    confusion : ndarray of int, shape (K + 1, K + 1)
+        Annotated nuclei (rows) by the class their probabilities give (columns), background first.
+    pairs : ndarray of int, shape (K + 1, K + 1)
+        End to end: annotated (rows) and predicted class of centroid pairs; row 0 are predicted
+        cells without partner, column 0 annotated ones.
+    clusters : str
+        What was resampled for the intervals.
+    calibration_error : float
+        Expected calibration error of the mean probabilities of annotated nuclei.
+    images : list of ImageScores
+    """
+
+    classes: tuple[str, ...]
+    scores: dict[str, Estimate]
+    per_class: dict[str, dict[str, Estimate]]
+    confusion: NDArray[np.int64]
+    pairs: NDArray[np.int64]
+    clusters: str
+    calibration_error: float
+    images: list[ImageScores]
+
+
+def score_image(prediction: Prediction, sample: Sample) -> ImageScores:
+    """Match the cells of one image with its annotated nuclei.
+
+    Parameters
+    ----------
+    prediction : Prediction
+    sample : Sample
+        Of the same image.
+
+    Returns
+    -------
+    ImageScores
+
+    Raises
+    ------
+    DataError
+        If the two are of different size, or a class is outside the prediction's list.
+    """
+    if prediction.labels.shape != sample.labels.shape:
+        raise DataError(
+            f"prediction of {sample.name!r} is {prediction.labels.shape}, its annotation "
+            f"{sample.labels.shape}: predict the same image"
+        )
+    n_classes = len(prediction.classes)
+    table = overlap(sample.labels, prediction.labels)
+    reference = reference_instance_classes(
+        sample.labels, sample.phenotypes, prediction.probabilities
+    )
+    mpp = sample.mpp or prediction.mpp
+    centers = centroids(sample.labels), centroids(prediction.labels)
+    width = -(-sample.labels.shape[1] // BLOCK_PX)
+    blocks = [(c // BLOCK_PX).astype(np.int64) @ np.array([width, 1]) for c in centers]
+    return ImageScores(
+        name=sample.name,
+        group=sample.group or sample.name,
+        true=types_of(table.ref_ids, sample.phenotypes, n_classes),
+        guess=types_of(table.pred_ids, prediction.phenotypes, n_classes),
+        seen=reference.predicted,
+        confidence=reference.probabilities,
+        near=match_points(*centers, RADIUS_UM / mpp if mpp else RADIUS_PX),
+        strict=match_iou(table),
+        loose=match_iou(table, inclusive=True),
+        ref_block=blocks[0],
+        pred_block=blocks[1],
+        aji=aggregated_jaccard(table).score,
+    )
+
+
+def summarise(
+    images: Sequence[ImageScores],
+    classes: Sequence[str],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Summary:
+    """Scores over images, each with a 95 % interval from a clustered bootstrap.
+
+    Patients or fields are resampled where there are at least eight, else blocks of 256 px; scores
+    that are means over images then have an interval only if there is one image.
+
+    Parameters
+    ----------
+    images : sequence of ImageScores
+        From `score_image`.
+    classes : sequence of str
+        The K phenotypes.
+    resamples : int
+        Bootstrap resamples; 0 leaves the intervals out.
+    seed : int
+        Of the resampling.
+
+    Returns
+    -------
+    Summary
+    """
+    clusters, text = _clusters(images)
+    n, k = (
+        max((int(c.max(initial=-1)) for pair in clusters for c in pair), default=-1) + 1,
+        len(classes),
+    )
+    n = max(n, 1)
+    sums = {
+        "confusion": np.zeros((n, k + 1, k + 1)),
+        "near": np.zeros((n, k + 1, 5)),
+        "loose": np.zeros((n, k + 1, 5)),
+        "found": np.zeros((n, 3)),
+        "class_pq": np.zeros((n, k + 1, 4)),
+        "pq": np.zeros((n, 4)),
+    }
+    pairs = np.zeros((k + 1, k + 1), np.int64)
+    for image, (ref, pred) in zip(images, clusters, strict=True):
+        _add(sums["confusion"], (ref, image.true, image.seen), 1)
+        _add_pairs(sums["near"], image, image.near, ref, pred)
+        _add_pairs(sums["loose"], image, image.loose, ref, pred)
+        _add_found(sums["found"], image, image.near, ref, pred)
+        _add_quality(sums["class_pq"], sums["pq"], image, ref, pred)
+        alone_ref, alone_pred = _unpaired(image, image.near)
+        _add(pairs, (image.true[image.near.ref], image.guess[image.near.pred]), 1)
+        _add(pairs, (image.true[alone_ref], 0), 1)
+        _add(pairs, (0, image.guess[alone_pred]), 1)
+
+    def estimate(counts: Values, statistic: Callable[[Values], Values]) -> Estimate:
+        value = float(statistic(counts.sum(0)))
+        if not resamples or len(counts) < 2:
+            return Estimate(value)
+        interval = cluster_bootstrap(counts, statistic, n=resamples, seed=seed)
+        return Estimate(value, float(interval.low), float(interval.high))
+
+    per_image = _per_image(images, k)
+    by_image = _image_clusters(images)
+
+    def of_class(counts: Values, score: Callable[[Values], Values], c: int) -> Estimate:
+        return estimate(counts, lambda s: score(s)[..., c])
+
+    def image_mean(values: Values) -> Estimate:
+        known = ~np.isnan(values)
+        parts = np.stack([np.where(known, values, 0), known], axis=-1)
+        if by_image is None:
+            return Estimate(float(mean_of_known(values)) if len(values) else float("nan"))
+        counts = np.zeros((n, 2))
+        _add(counts, by_image, parts)
+        return estimate(counts, lambda s: ratio(s[..., 0], s[..., 1]))
+
+    near, loose, quality = (sums[key][:, 1:] for key in ("near", "loose", "class_pq"))
+    one = len(images) == 1
+    scores = {
+        "macro_f1": estimate(sums["confusion"], macro_f1),
+        "detection_f1": estimate(sums["found"], detection_f1),
+        "typed_f1": estimate(near, lambda s: mean_of_known(typed_f1(s))),
+        "typed_f1_iou": estimate(loose, lambda s: mean_of_known(_plain_f1(s))),
+        "bpq": estimate(sums["pq"], pq_of_counts) if one else image_mean(per_image["bpq"]),
+        "mpq": estimate(quality, mpq_pannuke) if one else image_mean(per_image["mpq"]),
+        "bpq_plus": estimate(sums["pq"], pq_of_counts),
+        "mpq_plus": estimate(quality, mpq_plus),
+        "aji": image_mean(per_image["aji"]),
+        "count_r2": Estimate(float(mean_of_known(count_r2(per_image["moments"].sum(0))))),
+    }
+    r2 = count_r2(per_image["moments"].sum(0))
+    per_class = {
+        name: {
+            "f1": of_class(sums["confusion"], class_f1, c),
+            "typed_f1": of_class(near, typed_f1, c),
+            "typed_f1_iou": of_class(loose, _plain_f1, c),
+            "pq": of_class(quality, pq_of_counts, c),
+            "count_r2": Estimate(float(r2[c])),
+            "reference": Estimate(float(sum((i.true == c + 1).sum() for i in images))),
+            "predicted": Estimate(float(sum((i.guess == c + 1).sum() for i in images))),
+        }
+        for c, name in enumerate(classes)
+    }
+    known = [i.true > 0 for i in images]
+    confidence = [i.confidence[m] for i, m in zip(images, known, strict=True)]
+    truth = [i.true[m] for i, m in zip(images, known, strict=True)]
+    return Summary(
+        classes=tuple(classes),
+        scores=scores,
+        per_class=per_class,
+        confusion=sums["confusion"].sum(0).astype(np.int64),
+        pairs=pairs,
+        clusters=text,
+        calibration_error=_calibration_error(confidence, truth),
+        images=list(images),
+    )
+
+
+def evaluate(
+    predictions: Iterable[Prediction],
+    references: Iterable[Sample],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Summary:
+    """Score predictions against annotated images of the same names.
+
+    Parameters
+    ----------
+    predictions : iterable of Prediction
+    references : iterable of Sample
+        Such as a `celltyper.datasets.Dataset`.
+    resamples, seed
+        See `summarise`.
+
+    Returns
+    -------
+    Summary
+
+    Raises
+    ------
+    DataError
+        If there is nothing to score, or a reference has no prediction.
+    """
+    by_name = {p.name: p for p in predictions}
+    scores = []
+    for sample in references:
+        if sample.name not in by_name:
+            known = ", ".join(sorted(by_name)[:5]) or "none"
+            raise DataError(f"no prediction for image {sample.name!r} (there are: {known})")
+        scores.append(score_image(by_name[sample.name], sample))
+    if not scores:
+        raise DataError("nothing to evaluate: there are no annotated images")
+    classes = next(iter(by_name.values())).classes
+    return summarise(scores, classes, resamples=resamples, seed=seed)
+
+
+def _clusters(
+    images: Sequence[ImageScores],
+) -> tuple[list[tuple[NDArray[np.int64], NDArray[np.int64]]], str]:
+    """Cluster of every object of every image, and what the clusters are."""
+    groups = sorted({i.group for i in images})
+    if len(groups) >= MIN_GROUPS:
+        rows = [groups.index(i.group) for i in images]
+        return [
+            (np.full(len(i.true), r), np.full(len(i.guess), r))
+            for i, r in zip(images, rows, strict=True)
+        ], f"{len(groups)} patients or fields"
+    clusters, used = [], 0
+    for image in images:
+        blocks, flat = np.unique(
+            np.concatenate([image.ref_block, image.pred_block]), return_inverse=True
+        )
+        split = len(image.ref_block)
+        clusters.append((flat[:split] + used, flat[split:] + used))
+        used += len(blocks)
+    return clusters, f"{used} blocks of {BLOCK_PX} px (only {len(groups)} patients or fields)"
+
+
+def _image_clusters(images: Sequence[ImageScores]) -> NDArray[np.int64] | None:
+    groups = sorted({i.group for i in images})
+    if len(groups) < MIN_GROUPS:
+        return None
+    return np.array([groups.index(i.group) for i in images], np.int64)
+
+
+def _unpaired(image: ImageScores, pairs: Matches) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    ref = np.setdiff1d(np.arange(len(image.true)), pairs.ref)
+    return ref, np.setdiff1d(np.arange(len(image.guess)), pairs.pred)
+
+
+def _add(sums: NDArray[Any], index: tuple[Any, ...] | NDArray[Any], values: Any) -> None:
+    """Add values at indices that may repeat."""
+    np.add.at(sums, index, values)
+
+
+def _add_pairs(
+    sums: Values,
+    image: ImageScores,
+    pairs: Matches,
+    ref: NDArray[np.int64],
+    pred: NDArray[np.int64],
+) -> None:
+    """Add to sums (clusters, K + 1, 5) what `celltyper.metrics.typed_f1` needs."""
+    true, guess, cluster = image.true[pairs.ref], image.guess[pairs.pred], ref[pairs.ref]
+    same, other = true == guess, true != guess
+    _add(sums, (cluster[same], true[same], 0), 1)
+    _add(sums, (cluster[other], guess[other], 1), 1)
+    _add(sums, (cluster[other], true[other], 2), 1)
+    alone_ref, alone_pred = _unpaired(image, pairs)
+    _add(sums, (pred[alone_pred], image.guess[alone_pred], 3), 1)
+    _add(sums, (ref[alone_ref], image.true[alone_ref], 4), 1)
+
+
+def _add_found(
+    sums: Values,
+    image: ImageScores,
+    pairs: Matches,
+    ref: NDArray[np.int64],
+    pred: NDArray[np.int64],
+) -> None:
+    """Add to sums (clusters, 3) true positives, false positives and misses."""
+    alone_ref, alone_pred = _unpaired(image, pairs)
+    _add(sums, (ref[pairs.ref], 0), 1)
+    _add(sums, (pred[alone_pred], 1), 1)
+    _add(sums, (ref[alone_ref], 2), 1)
+
+
+def _add_quality(
+    by_class: Values,
+    binary: Values,
+    image: ImageScores,
+    ref: NDArray[np.int64],
+    pred: NDArray[np.int64],
+) -> None:
+    """Add ``tp, fp, fn, iou`` per cluster; a pair of two classes is fp of one, fn of the other."""
+    pairs = image.strict
+    true, guess, cluster = image.true[pairs.ref], image.guess[pairs.pred], ref[pairs.ref]
+    same, other = true == guess, true != guess
+    _add(by_class, (cluster[same], true[same], 0), 1)
+    _add(by_class, (cluster[same], true[same], 3), pairs.score[same])
+    _add(by_class, (cluster[other], guess[other], 1), 1)
+    _add(by_class, (cluster[other], true[other], 2), 1)
+    alone_ref, alone_pred = _unpaired(image, pairs)
+    _add(by_class, (pred[alone_pred], image.guess[alone_pred], 1), 1)
+    _add(by_class, (ref[alone_ref], image.true[alone_ref], 2), 1)
+    _add_found(binary, image, pairs, ref, pred)
+    _add(binary, (cluster, 3), pairs.score)
+
+
+def _per_image(images: Sequence[ImageScores], n_classes: int) -> dict[str, Values]:
+    """bPQ, mPQ, AJI and count moments of every image."""
+    bpq, mpq, moments = [], [], []
+    for image in images:
+        by_class, binary = np.zeros((1, n_classes + 1, 4)), np.zeros((1, 4))
+        ref, pred = np.zeros(len(image.true), np.int64), np.zeros(len(image.guess), np.int64)
+        _add_quality(by_class, binary, image, ref, pred)
+        bpq.append(float(pq_of_counts(binary[0])))
+        mpq.append(float(mpq_pannuke(by_class[0, 1:])))
+        counts = [np.bincount(c, minlength=n_classes + 1)[1:] for c in (image.true, image.guess)]
+        moments.append(count_moments(*counts))
+    return {
+        "bpq": np.array(bpq),
+        "mpq": np.array(mpq),
+        "aji": np.array([i.aji for i in images]),
+        "moments": np.array(moments).reshape(-1, n_classes, 4),
+    }
+
+
+def _plain_f1(typed: Values) -> Values:
+    return typed_f1(typed, PLAIN_WEIGHTS)
+
+
+def _calibration_error(
+    confidence: Sequence[NDArray[np.float32]], truth: Sequence[NDArray[np.intp]]
+) -> float:
+    if not sum(len(t) for t in truth):
+        return float("nan")
+    return float(expected_calibration_error(np.concatenate(confidence), np.concatenate(truth)))

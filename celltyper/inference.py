@@ -1,0 +1,284 @@
+"""Images on disk to cells on disk: ``celltyper infer``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from celltyper import __version__
+from celltyper.atomic import atomic_path, write_json
+from celltyper.cells import cells_table, default_colors, write_csv, write_geojson, write_parquet
+from celltyper.checkpoints import load_model
+from celltyper.datasets import read_image
+from celltyper.errors import ConfigError, DataError
+from celltyper.labels import mean_in_labels
+from celltyper.models import CellTyper
+from celltyper.predict import autocast, pick_device, predict_image
+from celltyper.report.overlay import save_overlay
+from celltyper.types import Image, Prediction
+
+logger = logging.getLogger("celltyper")
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+INDEX_FILE = "infer.json"
+LABELS_FILE = "labels.npz"
+CELLS_FILE = "cells.parquet"
+
+
+def infer(
+    inputs: Sequence[str | Path],
+    run: str | Path,
+    output: str | Path,
+    *,
+    mpp: float | None = None,
+    device: str = "auto",
+    batch_size: int = 8,
+    precision: str = "fp32",
+    overwrite: bool = False,
+    encoder_weights: str | None = None,
+    allow_code: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Find and type the cells of images and write them.
+
+    One image is written straight into `output`, several into one folder each, beside one table
+    ``cells.parquet`` of them all: ``cells.parquet``, ``cells.csv``, ``cells.geojson``,
+    ``labels.npz`` (``inst`` int32, ``type`` uint8, ``prob`` uint8 (K + 1, H, W) in 255ths) and
+    ``overlay.png``; ``infer.json`` says what was done.
+
+    Parameters
+    ----------
+    inputs : sequence of str or Path
+        Images, or folders of images.
+    run : str or Path
+        Run folder or checkpoint.
+    output : str or Path
+        Folder to write to.
+    mpp : float or None
+        Micrometres per pixel of the images; None takes what the files say.
+    device : str
+        See `celltyper.predict.pick_device`.
+    batch_size : int
+        Tiles per forward pass.
+    precision : {"fp32", "bf16", "fp16"}
+        See `celltyper.predict.autocast`.
+    overwrite : bool
+        Replace earlier results in `output`.
+    encoder_weights, allow_code
+        See `celltyper.load_model`.
+    progress : bool
+        Show a progress bar on a terminal.
+
+    Returns
+    -------
+    Path
+        The output folder.
+
+    Raises
+    ------
+    DataError
+        If an image is missing, or could not be read or predicted; the other images are done
+        first, and their results stay.
+    ConfigError, CheckpointError
+        For wrong input, before anything is written.
+    """
+    output = Path(output)
+    paths = find_images(inputs)
+    if (output / INDEX_FILE).exists() and not overwrite:
+        raise ConfigError(
+            f"{output} already holds results of infer; pass --overwrite or another folder"
+        )
+    place = pick_device(device)
+    autocast(place, precision)
+    model = load_model(run, device=place, encoder_weights=encoder_weights, allow_code=allow_code)
+    entries: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    tables = []
+    bar = tqdm(
+        total=0, desc="infer", unit="tile", disable=None if progress else True, dynamic_ncols=True
+    )
+    with bar:
+        for name, path in paths.items():
+            folder = output if len(paths) == 1 else output / name
+            done = bar.n
+
+            def show(tile: int, tiles: int, done: int = done) -> None:
+                bar.total = done + tiles
+                bar.update(done + tile - bar.n)
+
+            started = time.monotonic()
+            try:
+                image, own_mpp = read_image(path)
+                prediction = predict_image(
+                    model,
+                    image,
+                    mpp or own_mpp,
+                    batch_size=batch_size,
+                    precision=precision,
+                    name=name,
+                    progress=show,
+                )
+            except DataError as error:
+                if len(paths) == 1:
+                    raise
+                logger.warning("skipped: %s", error)
+                failed.append({"image": str(path), "error": str(error)})
+                continue
+            tables.append(write_prediction(folder, image, prediction, model))
+            entries.append(
+                {
+                    "name": name,
+                    "image": str(path.absolute()),
+                    "folder": "." if folder == output else name,
+                    "height": image.shape[0],
+                    "width": image.shape[1],
+                    "mpp": prediction.mpp,
+                    "cells": len(prediction),
+                    "seconds": round(time.monotonic() - started, 2),
+                }
+            )
+            bar.set_postfix(cells=sum(e["cells"] for e in entries), refresh=False)
+    if len(paths) > 1 and tables:
+        write_parquet(output / CELLS_FILE, _together(tables, [e["name"] for e in entries]))
+    write_json(
+        output / INDEX_FILE,
+        {
+            "celltyper": __version__,
+            "model": str(Path(run).absolute()),
+            "classes": list(model.classes),
+            "colors": list(colors_of(model)),
+            "model_mpp": model.mpp,
+            "device": str(place),
+            "precision": precision,
+            "images": entries,
+            "failed": failed,
+        },
+    )
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(paths)} images failed, the first: {failed[0]['error']} "
+            f"(all in {output / INDEX_FILE}; the other {len(entries)} are done)"
+        )
+    return output
+
+
+def find_images(inputs: Sequence[str | Path]) -> dict[str, Path]:
+    """List images by name (the file's stem); folders give the images right inside them.
+
+    Raises
+    ------
+    DataError
+        If a path is missing, a folder holds no image, or two images have the same name.
+    """
+    found: dict[str, Path] = {}
+    for path in map(Path, inputs):
+        if path.is_dir():
+            inside = path / "images" if (path / "images").is_dir() else path
+            files = sorted(p for p in inside.iterdir() if p.suffix.lower() in SUFFIXES)
+            if not files:
+                raise DataError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))})")
+        elif path.is_file():
+            files = [path]
+        else:
+            raise DataError(f"no such image or folder: {path}")
+        for file in files:
+            if file.stem in found:
+                raise DataError(
+                    f"{found[file.stem]} and {file} have the same name {file.stem!r}; rename one "
+                    "or infer them into two folders"
+                )
+            found[file.stem] = file
+    if not found:
+        raise DataError("give at least one image or folder of images")
+    return found
+
+
+def write_prediction(
+    folder: Path, image: Image, prediction: Prediction, model: CellTyper
+) -> pa.Table:
+    """Write the cells of one image in every format, the table last, and return the table."""
+    colors = colors_of(model)
+    table = cells_table(prediction)
+    pixels = prediction.phenotypes[prediction.labels]
+    quantised = np.rint(prediction.probabilities * 255).astype(np.uint8)
+    with atomic_path(folder / LABELS_FILE) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, inst=prediction.labels, type=pixels, prob=quantised)
+    save_overlay(
+        folder / "overlay.png",
+        image,
+        prediction.labels,
+        prediction.phenotypes,
+        prediction.classes,
+        colors,
+        mpp=prediction.mpp,
+    )
+    write_geojson(folder / "cells.geojson", prediction, colors)
+    write_csv(folder / "cells.csv", table)
+    write_parquet(folder / CELLS_FILE, table)
+    return table
+
+
+def colors_of(model: CellTyper) -> tuple[str, ...]:
+    """Colours of the model's phenotypes, its own or the defaults by name."""
+    return model.colors or default_colors(model.classes)
+
+
+def read_predictions(folder: str | Path) -> list[Prediction]:
+    """Read back what `infer` wrote.
+
+    Parameters
+    ----------
+    folder : str or Path
+        An output folder of `infer`.
+
+    Returns
+    -------
+    list of Prediction
+        Probabilities are those of the file, in 255ths.
+
+    Raises
+    ------
+    DataError
+        If the folder or one of its files is missing or damaged.
+    """
+    folder = Path(folder)
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise DataError(f"no {INDEX_FILE} in {folder}: give a folder that 'celltyper infer' wrote")
+    facts = json.loads(index.read_text(encoding="utf-8"))
+    return [_read_prediction(folder / e["folder"] / LABELS_FILE, e, facts) for e in facts["images"]]
+
+
+def _read_prediction(path: Path, entry: dict[str, Any], facts: dict[str, Any]) -> Prediction:
+    try:
+        with np.load(path) as arrays:
+            labels, quantised = arrays["inst"], arrays["prob"]
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); run infer again") from error
+    probabilities = quantised.astype(np.float32) / 255
+    return Prediction(
+        labels=labels,
+        probabilities=probabilities,
+        cell_probabilities=mean_in_labels(labels, probabilities),
+        classes=tuple(facts["classes"]),
+        mpp=entry["mpp"],
+        name=entry["name"],
+        colors=tuple(facts["colors"]),
+    )
+
+
+def _together(tables: Sequence[pa.Table], names: Sequence[str]) -> pa.Table:
+    """One table of all images, with the image's name as first column."""
+    parts = [
+        t.add_column(0, "image", pa.array([name] * len(t), pa.string()))
+        for t, name in zip(tables, names, strict=True)
+    ]
+    return pa.concat_tables(parts)

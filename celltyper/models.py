@@ -1,0 +1,181 @@
+"""The model: an encoder, a decoder shared by all maps, and one 1x1 head per map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from celltyper.config import Config
+from celltyper.decoders import build_decoder
+from celltyper.encoders import load_encoder
+from celltyper.errors import ConfigError
+from celltyper.instances import build_instances
+from celltyper.types import InstanceMethod, MapActivation, MapSpec
+
+PHENOTYPE = "phenotype"
+"""Name of the map of class logits, background first."""
+
+
+class CellTyper(nn.Module):
+    """Dense cell phenotyping: images to phenotype logits and the maps that cells are cut from.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        With ``channels``, ``patch_size`` and ``forward(images) -> list[(B, C_i, h_i, w_i)]``;
+        see `celltyper.load_encoder` and `celltyper.testing.check_encoder`.
+    decoder : str, type or nn.Module
+        A name (``"linear"``, ``"unetr"``, ``"dpt"``, ``"unet"``, ``"package.module:Class"``), a
+        class built as ``decoder(channels, patch_size)``, or a module with ``out_channels`` and
+        ``forward(features, images) -> (B, out_channels, H, W)``.
+    classes : sequence of str
+        Names of the K phenotypes, without background.
+    instances : str or InstanceMethod
+        How maps become cells.
+    mpp : float or None
+        Micrometres per pixel the model works at; images of another resolution are rescaled to
+        it. None if the training data's resolution is unknown: images are then taken as they are.
+    colors : sequence of str
+        ``#rrggbb`` per phenotype, for overlays and exports; defaults by name if empty.
+    tile, overlap : int
+        Side in pixels of the tiles an image is cut into, and how much neighbours share.
+
+    Attributes
+    ----------
+    maps : dict of str to MapSpec
+        Every output map; ``"phenotype"`` has K + 1 channels, background first.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: str | type[nn.Module] | nn.Module = "unetr",
+        classes: Sequence[str] = ("nucleus",),
+        instances: str | InstanceMethod = "hv",
+        *,
+        mpp: float | None = None,
+        colors: Sequence[str] = (),
+        tile: int = 256,
+        overlap: int = 64,
+    ) -> None:
+        super().__init__()
+        if len(set(classes)) != len(classes) or not classes:
+            raise ConfigError(f"classes must be distinct names, at least one, got {list(classes)}")
+        if isinstance(decoder, str):
+            decoder = build_decoder(decoder, *_grid_of(encoder))
+        elif isinstance(decoder, type):
+            decoder = decoder(*_grid_of(encoder))
+        self.encoder = encoder
+        self.decoder = decoder
+        self.classes = tuple(classes)
+        self.instances = build_instances(instances) if isinstance(instances, str) else instances
+        self.mpp = mpp
+        self.colors = tuple(colors)
+        self.tile = tile
+        self.overlap = overlap
+        phenotype = MapSpec(len(self.classes) + 1, "softmax", "bce_dice")
+        self.maps: dict[str, MapSpec] = {PHENOTYPE: phenotype, **self.instances.maps}
+        width = int(decoder.out_channels)  # type: ignore[arg-type]
+        self.heads = nn.ModuleDict(
+            {name: nn.Conv2d(width, spec.channels, 1) for name, spec in self.maps.items()}
+        )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute raw maps (logits), before any activation.
+
+        Parameters
+        ----------
+        images : Tensor, shape (B, 3, H, W), float32
+            RGB in [0, 1]; the encoder applies its own normalisation.
+
+        Returns
+        -------
+        dict of str to Tensor, each (B, C, H, W) float32
+        """
+        shared = self.decoder(self.encoder(images), images)
+        return {name: head(shared).float() for name, head in self.heads.items()}
+
+    def activate(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn raw maps into what `instances` decodes: softmax, sigmoid, as its `maps` say."""
+        return {name: _activate(raw[name], spec.activation) for name, spec in self.maps.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.parameters()).device
+
+
+def _grid_of(encoder: nn.Module) -> tuple[list[int], int]:
+    """Read what a decoder is built from: channels of the maps and the patch size."""
+    try:
+        return list(encoder.channels), int(encoder.patch_size)  # type: ignore[arg-type]
+    except AttributeError as error:
+        raise ConfigError(
+            f"{type(encoder).__name__} is no encoder: it needs 'channels' and 'patch_size' "
+            "(see celltyper.testing.check_encoder)"
+        ) from error
+
+
+def _activate(raw: Tensor, how: MapActivation) -> Tensor:
+    match how:
+        case "softmax":
+            return F.softmax(raw, dim=1)
+        case "sigmoid":
+            return torch.sigmoid(raw)
+        case "tanh":
+            return torch.tanh(raw)
+        case "relu":
+            return F.relu(raw)
+        case "identity":
+            return raw
+
+
+def build_model(
+    config: Config, classes: Sequence[str], mpp: float | None, colors: Sequence[str] = ()
+) -> CellTyper:
+    """Build the model that a config describes; random parts depend on ``config.seed`` only.
+
+    Parameters
+    ----------
+    config : Config
+    classes : sequence of str
+        Names of the phenotypes, without background.
+    mpp : float or None
+        Working resolution in micrometres per pixel.
+    colors : sequence of str
+        ``#rrggbb`` per phenotype.
+
+    Returns
+    -------
+    CellTyper
+
+    Raises
+    ------
+    ConfigError
+        For unknown components or options.
+    CheckpointError
+        If the encoder's weights cannot be had.
+    """
+    encoder = load_encoder(
+        config.encoder.name,
+        weights=config.encoder.weights,
+        adapt=config.encoder.adapt,
+        seed=config.seed,
+        lora=config.encoder.lora.model_dump(),
+        **config.encoder.options,
+    )
+    torch.manual_seed(config.seed)
+    decoder = build_decoder(config.decoder.name, *_grid_of(encoder), **config.decoder.options)
+    return CellTyper(
+        encoder,
+        decoder,
+        classes,
+        build_instances(config.instances.method, **config.instances.options),
+        mpp=mpp,
+        colors=colors,
+        tile=config.infer.tile or config.data.tile,
+        overlap=config.infer.overlap,
+    )

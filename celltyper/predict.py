@@ -1,0 +1,253 @@
+"""From an image in memory to its cells: tiles, maps, instances, phenotypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from celltyper.errors import ConfigError, DataError
+from celltyper.labels import label_ids, mean_in_labels
+from celltyper.models import PHENOTYPE, CellTyper
+from celltyper.tiling import read_padded, tile_grid
+from celltyper.types import Image, Labels, Prediction
+
+SAME_MPP = 0.01
+"""Relative difference of resolutions below which an image is not rescaled."""
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """Choose where to compute.
+
+    Parameters
+    ----------
+    device : str
+        ``"auto"`` takes CUDA, then MPS, then the CPU; anything else is torch's name of a device.
+
+    Returns
+    -------
+    torch.device
+
+    Raises
+    ------
+    ConfigError
+        If the device is unknown or not available.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device {device!r} is not available here ({first}); use auto or cpu"
+        ) from error
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
+    """Context of mixed precision, refused where it would be slower than float32.
+
+    Parameters
+    ----------
+    device : torch.device
+    precision : {"fp32", "bf16", "fp16"}
+
+    Returns
+    -------
+    context manager
+
+    Raises
+    ------
+    ConfigError
+        For fp16 on a CPU, or bf16 on a CPU without the instructions (2 to 9 times slower there).
+    """
+    if precision == "fp32":
+        return nullcontext()
+    slow_bf16 = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cpu" and (precision == "fp16" or slow_bf16):
+        raise ConfigError(f"precision {precision} is not supported by this CPU; use fp32")
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+@torch.inference_mode()
+def predict_maps(
+    model: CellTyper,
+    image: Image,
+    *,
+    tile: int | None = None,
+    overlap: int | None = None,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, NDArray[np.float32]]:
+    """Run the model over an image of any size, tile by tile.
+
+    Parameters
+    ----------
+    model : CellTyper
+        Used in evaluation mode; its previous mode is restored.
+    image : ndarray of uint8, shape (H, W, 3)
+        RGB at the model's resolution. Borders are mirrored, so images smaller than a tile work.
+    tile, overlap : int or None
+        Side of the read regions, and pixels shared by those of two neighbours; None takes
+        ``model.tile`` and ``model.overlap``.
+    batch_size : int
+        Tiles per forward pass.
+    precision : {"fp32", "bf16", "fp16"}
+        See `autocast`.
+    progress : callable or None
+        Called with (tiles done, tiles in all).
+
+    Returns
+    -------
+    dict of str to ndarray of float32, each (C, H, W)
+        Activated maps.
+    """
+    size = tile or model.tile
+    try:
+        tiles = tile_grid(image.shape[:2], size, model.overlap if overlap is None else overlap)
+    except ValueError as error:
+        raise ConfigError(f"infer.overlap: {error}") from error
+    maps = {
+        name: np.empty((spec.channels, *image.shape[:2]), np.float32)
+        for name, spec in model.maps.items()
+    }
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(tiles), batch_size):
+            part = tiles[start : start + batch_size]
+            pixels = np.stack([read_padded(image, t.read) for t in part])
+            batch = torch.from_numpy(pixels).to(model.device).permute(0, 3, 1, 2).float() / 255
+            with autocast(model.device, precision):
+                raw = model(batch)
+            for name, values in model.activate(raw).items():
+                host = values.cpu().numpy()
+                for i, (read, write) in enumerate(part):
+                    inside = (
+                        slice(write.row - read.row, write.row - read.row + write.height),
+                        slice(write.col - read.col, write.col - read.col + write.width),
+                    )
+                    maps[name][:, *write.slices] = host[i][:, *inside]
+            if progress:
+                progress(min(start + batch_size, len(tiles)), len(tiles))
+    finally:
+        model.train(was_training)
+    return maps
+
+
+def predict_image(
+    model: CellTyper,
+    image: Image,
+    mpp: float | None = None,
+    *,
+    tile: int | None = None,
+    overlap: int | None = None,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    name: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> Prediction:
+    """Find, outline and type every cell of an image.
+
+    Parameters
+    ----------
+    model : CellTyper
+    image : ndarray of uint8, shape (H, W, 3)
+        RGB, any size.
+    mpp : float or None
+        Micrometres per pixel of the image. Needed if the model has a resolution of its own: the
+        image is then rescaled to it, and labels and maps are given back in the image's pixels.
+    tile, overlap, batch_size, precision, progress
+        See `predict_maps`.
+    name : str
+        Carried into the prediction.
+
+    Returns
+    -------
+    Prediction
+
+    Raises
+    ------
+    DataError
+        If `mpp` is missing, or the image is not RGB uint8.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise DataError(
+            f"image {name!r} must be (H, W, 3) uint8 and not empty, got {image.shape} {image.dtype}"
+        )
+    scaled = image
+    if model.mpp is not None:
+        if mpp is None:
+            raise DataError(
+                f"image {name!r} has no resolution and the model works at {model.mpp} "
+                "micrometres per pixel: pass --mpp (mpp=... in Python)"
+            )
+        if not 0.01 <= mpp <= 100:
+            raise DataError(f"mpp of image {name!r} must lie in [0.01, 100], got {mpp}")
+        scaled = rescale(image, mpp / model.mpp)
+    maps = predict_maps(
+        model,
+        scaled,
+        tile=tile,
+        overlap=overlap,
+        batch_size=batch_size,
+        precision=precision,
+        progress=progress,
+    )
+    probabilities = maps.pop(PHENOTYPE)
+    labels = model.instances.decode(maps)
+    cells = mean_in_labels(labels, probabilities)
+    if scaled is not image:
+        labels, cells = _labels_to(labels, cells, image.shape[:2])
+        probabilities = _maps_to(probabilities, image.shape[:2])
+    return Prediction(labels, probabilities, cells, model.classes, mpp, name, model.colors)
+
+
+def rescale(image: Image, factor: float) -> Image:
+    """Resize an image by a factor, with anti-aliasing; near 1 it is returned as it is.
+
+    Parameters
+    ----------
+    image : ndarray of uint8, shape (H, W, 3)
+    factor : float
+        New over old size.
+
+    Returns
+    -------
+    ndarray of uint8
+    """
+    if abs(factor - 1) < SAME_MPP:
+        return image
+    shape = [max(1, round(side * factor)) for side in image.shape[:2]]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    out = F.interpolate(pixels, shape, mode="bilinear", align_corners=False, antialias=True)
+    return out[0].round_().clamp_(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+
+
+def _labels_to(
+    labels: Labels, cells: NDArray[np.float32], shape: tuple[int, ...]
+) -> tuple[Labels, NDArray[np.float32]]:
+    """Nearest-neighbour labels of another size, renumbered; cells that vanish lose their row."""
+    rows = (np.arange(shape[0]) + 0.5) * labels.shape[0] / shape[0]
+    cols = (np.arange(shape[1]) + 0.5) * labels.shape[1] / shape[1]
+    moved = labels[rows.astype(np.int64)[:, None], cols.astype(np.int64)[None, :]]
+    kept = label_ids(moved)
+    renumber = np.zeros(int(labels.max(initial=0)) + 1, np.int32)
+    renumber[kept] = np.arange(1, len(kept) + 1)
+    return renumber[moved], cells[kept - 1]
+
+
+def _maps_to(maps: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    out = F.interpolate(
+        torch.from_numpy(maps)[None], shape, mode="bilinear", align_corners=False, antialias=True
+    )
+    result: NDArray[np.float32] = out[0].numpy()
+    return result

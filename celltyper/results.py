@@ -1,0 +1,478 @@
+"""Evaluations on disk: ``metrics.json``, tables as CSV, and the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from celltyper import __version__
+from celltyper.atomic import write_json, write_text
+from celltyper.cells import default_colors
+from celltyper.checkpoints import load_model
+from celltyper.datasets import Dataset, open_dataset
+from celltyper.errors import ConfigError, DataError
+from celltyper.evaluation import SCORES, Estimate, ImageScores, Summary, evaluate, summarise
+from celltyper.inference import INDEX_FILE, read_predictions
+from celltyper.labels import label_ids, mean_in_labels
+from celltyper.metrics.calibration import reliability_table
+from celltyper.models import CellTyper
+from celltyper.predict import pick_device, predict_image
+from celltyper.report.data import Metric, Reliability, Report, ReportImage, Table
+from celltyper.report.html import write_report
+from celltyper.runs import CONFIG_FILE, HISTORY_FILE, RUN_FILE
+from celltyper.types import Prediction, Sample
+
+METRICS_FILE = "metrics.json"
+REPORT_FILE = "report.html"
+
+HEADLINES = (
+    "macro_f1",
+    "detection_f1",
+    "typed_f1",
+    "typed_f1_iou",
+    "bpq",
+    "mpq",
+    "mpq_plus",
+    "aji",
+)
+PER_CLASS = ("f1", "typed_f1", "typed_f1_iou", "pq", "count_r2")
+SHOWN_IMAGES = 12
+
+
+def evaluate_run(
+    run: str | Path,
+    data: str | Path,
+    output: str | Path | None = None,
+    *,
+    mpp: float | None = None,
+    resamples: int = 1000,
+    overwrite: bool = False,
+    device: str = "auto",
+    encoder_weights: str | None = None,
+    allow_code: bool = False,
+    progress: bool = True,
+) -> tuple[Summary, Path]:
+    """Predict annotated images with a model, score them and write the evaluation.
+
+    Parameters
+    ----------
+    run : str or Path
+        Run folder or checkpoint.
+    data : str or Path
+        Annotated images.
+    output : str or Path or None
+        Folder to write; None is ``eval`` inside the run folder.
+    mpp : float or None
+        Micrometres per pixel, where the data state none.
+    resamples : int
+        Bootstrap resamples of the intervals.
+    overwrite : bool
+        Replace an earlier evaluation.
+    device, encoder_weights, allow_code, progress
+        See `celltyper.infer`.
+
+    Returns
+    -------
+    tuple of Summary and Path
+        The scores, and the folder with ``metrics.json``, ``per_class.csv``, ``per_image.csv`` and
+        ``report.html``.
+
+    Raises
+    ------
+    DataError, ConfigError, CheckpointError
+        For wrong input, before anything is written.
+    """
+    run = Path(run)
+    folder = _free(
+        Path(output) if output else (run if run.is_dir() else run.parent) / "eval", overwrite
+    )
+    dataset = open_dataset(data)
+    model = load_model(
+        run,
+        device=pick_device(device),
+        encoder_weights=encoder_weights,
+        allow_code=allow_code,
+    )
+    _same_classes(model.classes, dataset)
+    predictions = list(_predict(model, dataset, mpp, progress=progress))
+    summary = evaluate(predictions, dataset, resamples=resamples)
+    write_evaluation(folder, summary, predictions, dataset, run=run)
+    return summary, folder
+
+
+def evaluate_predictions(
+    pred: str | Path,
+    ref: str | Path,
+    output: str | Path | None = None,
+    *,
+    resamples: int = 1000,
+    overwrite: bool = False,
+) -> tuple[Summary, Path]:
+    """Score predictions that are on disk.
+
+    Parameters
+    ----------
+    pred : str or Path
+        What `celltyper.infer` wrote, or any annotated-images folder with predicted labels (of
+        another program, say); the latter has hard classes, so every pixel counts as certain.
+    ref : str or Path
+        Annotated images of the same names.
+    output : str or Path or None
+        Folder to write; None is `pred`.
+    resamples, overwrite
+        See `evaluate_run`.
+
+    Returns
+    -------
+    tuple of Summary and Path
+
+    Raises
+    ------
+    DataError, ConfigError
+        For wrong input, before anything is written.
+    """
+    folder = _free(Path(output) if output else Path(pred), overwrite)
+    dataset = open_dataset(ref)
+    facts: dict[str, Any] = {}
+    if (Path(pred) / INDEX_FILE).is_file():
+        facts = json.loads((Path(pred) / INDEX_FILE).read_text(encoding="utf-8"))
+        predictions = read_predictions(pred)
+    else:
+        foreign = open_dataset(pred)
+        predictions = [_certain(sample, foreign.classes) for sample in foreign]
+    if not predictions:
+        raise DataError(f"{pred} holds no predictions")
+    _same_classes(predictions[0].classes, dataset)
+    summary = evaluate(predictions, dataset, resamples=resamples)
+    run = Path(facts["model"]) if "model" in facts else None
+    write_evaluation(folder, summary, predictions, dataset, run=run)
+    return summary, folder
+
+
+def write_evaluation(
+    folder: Path,
+    summary: Summary,
+    predictions: Sequence[Prediction],
+    dataset: Dataset,
+    *,
+    run: Path | None = None,
+) -> None:
+    """Write ``metrics.json``, ``per_class.csv``, ``per_image.csv`` and ``report.html``.
+
+    Parameters
+    ----------
+    folder : Path
+    summary : Summary
+    predictions : sequence of Prediction
+    dataset : Dataset
+        The annotated images.
+    run : Path or None
+        Run folder; its learning curve, config and facts go into the report.
+    """
+    write_json(folder / METRICS_FILE, metrics_json(summary, dataset))
+    rows = [
+        [name, *(_cell(e) for key in (*PER_CLASS, "reference", "predicted") for e in [row[key]])]
+        for name, row in summary.per_class.items()
+    ]
+    _write_csv(folder / "per_class.csv", ["class", *PER_CLASS, "reference", "predicted"], rows)
+    images = [
+        [i.name, i.group, len(i.true), len(i.guess), *(f"{v:.6g}" for v in _of_image(i).values())]
+        for i in summary.images
+    ]
+    scores = list(_of_image(summary.images[0]))
+    _write_csv(
+        folder / "per_image.csv", ["image", "group", "reference", "predicted", *scores], images
+    )
+    write_report(folder / REPORT_FILE, make_report(summary, predictions, dataset, run))
+
+
+def metrics_json(summary: Summary, dataset: Dataset) -> dict[str, Any]:
+    """Every score with its interval and rule, JSON-ready."""
+    return {
+        "celltyper": __version__,
+        "data": {"name": dataset.name, "images": len(dataset), "notice": notice_of(dataset)},
+        "classes": list(summary.classes),
+        "intervals": f"95 %, bootstrap over {summary.clusters}",
+        "scores": {
+            name: {**_interval(estimate), "rule": SCORES[name]}
+            for name, estimate in summary.scores.items()
+        },
+        "per_class": {
+            name: {key: _interval(e) for key, e in row.items()}
+            for name, row in summary.per_class.items()
+        },
+        "expected_calibration_error": summary.calibration_error,
+        "confusion_reference_rule": summary.confusion.tolist(),
+        "confusion_end_to_end": summary.pairs.tolist(),
+    }
+
+
+def summary_text(summary: Summary) -> str:
+    """Scores as a table for a terminal of 80 columns.
+
+    Parameters
+    ----------
+    summary : Summary
+
+    Returns
+    -------
+    str
+    """
+    lines = ["score         value  95 % interval  rule"]
+    for name in HEADLINES:
+        lines += _wrapped(f"{name:12}  {_value(summary.scores[name])}  ", SCORES[name])
+    width = max(len(c) for c in ("class", *summary.classes))
+    lines += ["", f"{'class':{width}}  F1 (ref)  F_c (3 um)  F1 (IoU)     PQ  annotated  found"]
+    for name, row in summary.per_class.items():
+        f1, typed, iou, pq, ref, found = (
+            row[k].value for k in ("f1", "typed_f1", "typed_f1_iou", "pq", "reference", "predicted")
+        )
+        lines.append(
+            f"{name:{width}}  {_short(f1):>8}  {_short(typed):>10}  {_short(iou):>8}  "
+            f"{_short(pq):>5}  {ref:>9.0f}  {found:>5.0f}"
+        )
+    lines.append(f"intervals: bootstrap over {summary.clusters}")
+    return "\n".join(lines)
+
+
+def make_report(
+    summary: Summary, predictions: Sequence[Prediction], dataset: Dataset, run: Path | None
+) -> Report:
+    """Collect what the report shows.
+
+    Parameters
+    ----------
+    summary : Summary
+    predictions : sequence of Prediction
+    dataset : Dataset
+    run : Path or None
+        Run folder, if there is one.
+
+    Returns
+    -------
+    Report
+    """
+    by_name = {p.name: p for p in predictions}
+    worst = sorted(summary.images, key=lambda i: _of_image(i)["bpq"])[:SHOWN_IMAGES]
+    colors = predictions[0].colors or dataset.colours or default_colors(summary.classes)
+    known = [i.true > 0 for i in summary.images]
+    confidence = np.concatenate(
+        [i.confidence[k] for i, k in zip(summary.images, known, strict=True)]
+    )
+    truth = np.concatenate([i.true[k] for i, k in zip(summary.images, known, strict=True)])
+    facts = _json(run / RUN_FILE) if run else {}
+    return Report(
+        title=f"celltyper evaluation: {dataset.name}",
+        classes=summary.classes,
+        colors=colors,
+        notice=notice_of(dataset),
+        warnings=_warnings(summary),
+        metrics=[_metric(name, summary.scores[name], SCORES[name]) for name in SCORES],
+        interval=f"95 % interval, bootstrap over {summary.clusters}",
+        per_class=_class_table(summary),
+        confusion=summary.pairs,
+        confusion_rule="predicted cells and annotated nuclei paired by centroid within 3 um",
+        reliability=_reliability(confidence, truth, summary.calibration_error),
+        history=_history(run / HISTORY_FILE) if run else {},
+        images=[_report_image(dataset[i.name], by_name[i.name], i) for i in worst],
+        worst_by="bPQ",
+        facts=_facts_text(facts, dataset),
+        config=(run / CONFIG_FILE).read_text("utf-8")
+        if run and (run / CONFIG_FILE).is_file()
+        else "",
+    )
+
+
+def notice_of(dataset: Dataset) -> str:
+    """Read from ``meta.json`` what every reader must know (``note``); may be empty."""
+    return str(_json(dataset.path / "meta.json").get("note", ""))
+
+
+def _free(folder: Path, overwrite: bool) -> Path:
+    if (folder / METRICS_FILE).exists() and not overwrite:
+        raise ConfigError(
+            f"{folder} already holds an evaluation; pass --overwrite or another folder with -o"
+        )
+    return folder
+
+
+def _same_classes(classes: Sequence[str], dataset: Dataset) -> None:
+    if tuple(classes) != dataset.classes:
+        raise DataError(
+            f"the predictions have classes {', '.join(classes)}, {dataset.path} has "
+            f"{', '.join(dataset.classes)}: both must name the same in the same order"
+        )
+
+
+def _predict(
+    model: CellTyper, dataset: Dataset, mpp: float | None, *, progress: bool
+) -> Iterator[Prediction]:
+    bar = tqdm(
+        dataset,
+        desc="infer",
+        unit="image",
+        disable=None if progress else True,
+        dynamic_ncols=True,
+    )
+    for sample in bar:
+        yield predict_image(model, sample.image, sample.mpp or mpp, name=sample.name)
+
+
+def _certain(sample: Sample, classes: Sequence[str]) -> Prediction:
+    """Labels of another program as a prediction that is certain of every pixel's class."""
+    pixels = sample.phenotypes[sample.labels]
+    probabilities = np.stack([pixels == k for k in range(len(classes) + 1)]).astype(np.float32)
+    ids = label_ids(sample.labels)
+    renumber = np.zeros(int(sample.labels.max(initial=0)) + 1, np.int32)
+    renumber[ids] = np.arange(1, len(ids) + 1)
+    return Prediction(
+        labels=renumber[sample.labels],
+        probabilities=probabilities,
+        cell_probabilities=mean_in_labels(sample.labels, probabilities),
+        classes=tuple(classes),
+        mpp=sample.mpp,
+        name=sample.name,
+    )
+
+
+def _of_image(image: ImageScores) -> dict[str, float]:
+    """Scores of one image for the table and the order of the report."""
+    classes = [str(k) for k in range(1, image.confidence.shape[1])]
+    one = summarise([image], classes, resamples=0).scores
+    return {name: one[name].value for name in ("macro_f1", "detection_f1", "bpq", "mpq", "aji")}
+
+
+def _interval(estimate: Estimate) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def _metric(name: str, estimate: Estimate, rule: str = "") -> Metric:
+    return Metric(name, estimate.value, estimate.low, estimate.high, rule)
+
+
+def _class_table(summary: Summary) -> Table:
+    columns = {
+        "f1": "F1 on reference nuclei",
+        "typed_f1": "F_c, centroids within 3 um",
+        "typed_f1_iou": "F1, IoU ≥ 0.5",
+        "pq": "PQ, pooled",
+        "count_r2": "count R2",
+    }
+    rows: list[list[Any]] = []
+    for name, row in summary.per_class.items():
+        cells = [_metric(columns[key], row[key]) for key in columns]
+        counts = [int(row[key].value) for key in ("reference", "predicted")]
+        rows.append([name, *cells, *counts])
+    return Table(["class", *columns.values(), "annotated", "predicted"], rows)
+
+
+def _reliability(
+    confidence: NDArray[np.float32], truth: NDArray[np.intp], error: float
+) -> Reliability | None:
+    if not len(truth):
+        return None
+    table = reliability_table(confidence, truth)
+    return Reliability(
+        table.confidence,
+        table.accuracy,
+        table.count,
+        error,
+        "annotated nuclei, largest mean probability against being right",
+    )
+
+
+def _report_image(sample: Sample, prediction: Prediction, scores: ImageScores) -> ReportImage:
+    values = _of_image(scores)
+    return ReportImage(
+        name=sample.name,
+        image=sample.image,
+        labels=prediction.labels,
+        phenotypes=prediction.phenotypes,
+        ref_labels=sample.labels,
+        ref_phenotypes=sample.phenotypes,
+        scores={"bPQ": values["bpq"], "macro F1": values["macro_f1"]},
+        mpp=prediction.mpp,
+    )
+
+
+def _warnings(summary: Summary) -> list[str]:
+    absent = [n for n, row in summary.per_class.items() if not row["reference"].value]
+    found = []
+    if absent:
+        found.append(f"not annotated in these images: {', '.join(absent)}")
+    if "blocks" in summary.clusters:
+        found.append(
+            f"intervals resample {summary.clusters}; they say how sure the figures are for these "
+            "images, not for other patients"
+        )
+    return found
+
+
+def _facts_text(facts: Mapping[str, Any], dataset: Dataset) -> dict[str, str]:
+    shown: dict[str, str] = {
+        "evaluated on": f"{dataset.name}, {len(dataset)} images",
+        "celltyper": __version__,
+    }
+    for key in ("device", "torch", "python", "seed", "steps", "best_step", "seconds"):
+        if key in facts:
+            shown[key.replace("_", " ")] = str(facts[key])
+    if "parameters" in facts:
+        shown["parameters"] = f"{facts['parameters']:,} ({facts['trainable_parameters']:,} trained)"
+    if "trainability" in facts:
+        kept = facts["trainability"]
+        shown["trainability"] = (
+            f"{kept['adapt']}, checked by hashes: changed {', '.join(kept['changed'])}; "
+            f"unchanged {', '.join(kept['unchanged']) or 'none'}"
+        )
+    for part, data in facts.get("data", {}).items():
+        cells = ", ".join(f"{n} {count}" for n, count in data["cells"].items())
+        shown[f"{part} data"] = f"{data['images']} images, cells: {cells}"
+    return shown
+
+
+def _history(path: Path) -> dict[str, list[float | None]]:
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    shown = ("step", "loss", "macro_f1", "detection_f1", "bpq")
+    return {key: [float(row[key]) for row in rows] for key in shown if rows and key in rows[0]}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _cell(estimate: Estimate) -> str:
+    return "" if math.isnan(estimate.value) else f"{estimate.value:.6g}"
+
+
+def _short(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _value(estimate: Estimate) -> str:
+    bounds = "" if math.isnan(estimate.low) else f"{estimate.low:.3f} to {estimate.high:.3f}"
+    return f"{_short(estimate.value):>5}  {bounds:14}"
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    return textwrap.wrap(head + text, 80, subsequent_indent=" " * len(head))

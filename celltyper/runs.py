@@ -1,0 +1,189 @@
+"""The run folder: what is in it, who may write to it, what it says about itself."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from celltyper import __version__
+from celltyper.atomic import write_text
+from celltyper.checkpoints import MODEL_FILE
+from celltyper.config import Config, dump_config, load_config
+from celltyper.datasets import Dataset
+from celltyper.errors import ConfigError
+from celltyper.labels import label_ids
+from celltyper.models import CellTyper
+
+CONFIG_FILE = "config.yaml"
+HISTORY_FILE = "history.csv"
+LAST_FILE = "last.safetensors"
+RUN_FILE = "run.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; stored in every last checkpoint."""
+
+    step: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+    digest: dict[str, str] = field(default_factory=dict)
+
+
+def check_output(output: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds something else than the run to be continued.
+
+    Parameters
+    ----------
+    output : Path
+        The run folder to be.
+    config : Config
+        Resolved.
+    resume, overwrite : bool
+        What may be done with a run that is there.
+
+    Raises
+    ------
+    ConfigError
+        Saying what the folder holds and which option to pass.
+    """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file; give a folder for the run")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not (output / CONFIG_FILE).is_file():
+        raise ConfigError(f"{output} holds other files; give an empty or new folder")
+    if overwrite:
+        return
+    if not resume:
+        raise ConfigError(
+            f"{output} already holds a run; pass --resume to go on with it, --overwrite to start "
+            "over, or another folder"
+        )
+    old = load_config(output / CONFIG_FILE)
+    if old != config:
+        raise ConfigError(
+            f"{output} was started with another config ({_difference(old, config)}); "
+            "resume with the same one, or give another folder"
+        )
+
+
+def make_folder(output: Path, config: Config, *, keep: bool) -> None:
+    """Create the run folder and write its config; files of an earlier run go unless kept."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name in () if keep else (MODEL_FILE, LAST_FILE, HISTORY_FILE, RUN_FILE):
+            (output / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {output}: {error.strerror or error}") from error
+    write_text(output / CONFIG_FILE, dump_config(config))
+
+
+def write_history(output: Path, history: Sequence[Mapping[str, float]], log: str) -> None:
+    """Write ``history.csv``, and the newest row to TensorBoard if the config says so."""
+    columns = list(history[0]) if history else []
+    rows = [",".join(f"{row[c]:.6g}" for c in columns) for row in history]
+    write_text(output / HISTORY_FILE, "\n".join([",".join(columns), *rows]) + "\n")
+    if log == "tensorboard" and history:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "train.log=tensorboard needs the package tensorboard: "
+                "pip install 'celltyper[tensorboard]', or use train.log=csv"
+            ) from error
+        with SummaryWriter(str(output / "tensorboard")) as writer:
+            for name, value in history[-1].items():
+                writer.add_scalar(name, value, int(history[-1]["step"]))
+
+
+def run_facts(
+    config: Config, model: CellTyper, state: Progress, data: Mapping[str, Dataset]
+) -> dict[str, Any]:
+    """Say what ran on what, for ``run.json`` and the report.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved.
+    model : CellTyper
+        As trained.
+    state : Progress
+    data : mapping of str to Dataset
+        The images used, by part.
+
+    Returns
+    -------
+    dict
+        JSON-ready.
+    """
+    device = model.device
+    return {
+        "celltyper": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "seed": config.seed,
+        "classes": list(model.classes),
+        "mpp": model.mpp,
+        "steps": state.step,
+        "best_step": state.best_step,
+        "best": {config.train.metric: state.best},
+        "seconds": round(state.seconds, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "data": {
+            part: {
+                "path": str(dataset.path),
+                "images": len(dataset),
+                "groups": len(set(dataset.groups.values())),
+                "cells": cells_per_class(dataset),
+            }
+            for part, dataset in data.items()
+        },
+    }
+
+
+def cells_per_class(data: Dataset) -> dict[str, int]:
+    """Count the annotated cells of every class.
+
+    Parameters
+    ----------
+    data : Dataset
+
+    Returns
+    -------
+    dict of str to int
+    """
+    total = np.zeros(len(data.classes) + 1, np.int64)
+    for sample in data:
+        cells = sample.phenotypes[label_ids(sample.labels)]
+        total += np.bincount(cells, minlength=len(total))
+    return dict(zip(data.classes, total[1:].tolist(), strict=True))
+
+
+def _difference(old: Config, new: Config) -> str:
+    before, now = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    changed = [
+        f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in now.items() if before.get(k) != v
+    ]
+    return "; ".join(changed[:3])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
+        flat |= inner or {f"{prefix}{key}": value}
+    return flat

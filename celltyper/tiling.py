@@ -1,0 +1,93 @@
+"""Tiles with a region to read and a region to write; the write regions partition the image."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Region(NamedTuple):
+    """Rectangle of an array: rows ``[row, row + height)``, columns ``[col, col + width)``."""
+
+    row: int
+    col: int
+    height: int
+    width: int
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Index of the rectangle in an array whose first axes are row and column."""
+        return slice(self.row, self.row + self.height), slice(self.col, self.col + self.width)
+
+
+class Tile(NamedTuple):
+    """What the model sees (`read`, may leave the image) and what is kept of it (`write`)."""
+
+    read: Region
+    write: Region
+
+
+def tile_grid(shape: tuple[int, int], size: int, overlap: int) -> list[Tile]:
+    """Lay square tiles over an image so that every pixel is written exactly once.
+
+    The grid is anchored half an overlap outside the image's top left corner, so a tile's place
+    depends on nothing but `size` and `overlap`.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Height and width of the image.
+    size : int
+        Side of the read region.
+    overlap : int
+        How many pixels the read regions of two neighbours share; each tile's write region is its
+        read region less half of that on every side.
+
+    Returns
+    -------
+    list of Tile
+        In raster order. Write regions are clipped to the image; read regions are not.
+
+    Raises
+    ------
+    ValueError
+        If the overlap leaves nothing to write.
+    """
+    margin, step = overlap // 2, size - 2 * (overlap // 2)
+    if step <= 0:
+        raise ValueError(f"an overlap of {overlap} leaves nothing of a tile of {size} to write")
+    height, width = shape
+    return [
+        Tile(
+            Region(row - margin, col - margin, size, size),
+            Region(row, col, min(step, height - row), min(step, width - col)),
+        )
+        for row in range(0, height, step)
+        for col in range(0, width, step)
+    ]
+
+
+def read_padded(image: NDArray[np.uint8], region: Region) -> NDArray[np.uint8]:
+    """Cut a region out of an image, mirroring the image beyond its borders.
+
+    Parameters
+    ----------
+    image : ndarray of uint8, shape (H, W, 3)
+    region : Region
+        May lie partly outside the image.
+
+    Returns
+    -------
+    ndarray of uint8, shape (region.height, region.width, 3)
+    """
+    rows = _mirror(np.arange(region.row, region.row + region.height), image.shape[0])
+    cols = _mirror(np.arange(region.col, region.col + region.width), image.shape[1])
+    return image[rows[:, None], cols[None, :]]
+
+
+def _mirror(index: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Reflect indices about the edges, edge pixel repeated; works for any distance."""
+    folded: NDArray[np.int64] = index % (2 * size)
+    return np.minimum(folded, 2 * size - 1 - folded)

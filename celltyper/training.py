@@ -1,0 +1,420 @@
+"""Training: one readable loop on accelerate that can be killed at any moment and resumed exactly.
+
+Every random choice is a pure function of the seed and the step (which tile, how it is augmented,
+which units drop out), so a resumed run needs the tensors of the last checkpoint and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from celltyper.atomic import write_json
+from celltyper.checkpoints import (
+    MODEL_FILE,
+    load_state,
+    read_tensors,
+    save_model,
+    trained_state,
+    write_tensors,
+)
+from celltyper.config import Config, Data, Loss, Train
+from celltyper.datasets import Dataset, open_dataset, resample, split_by_group
+from celltyper.datasets.tiles import TileSampler
+from celltyper.encoders.adapt import check_trainability, parameter_digest
+from celltyper.errors import ConfigError, DataError, TrainingError
+from celltyper.evaluation import SCORES, score_image, summarise
+from celltyper.losses import effective_class_weights
+from celltyper.models import CellTyper, build_model
+from celltyper.objective import TrainingTiles, objective
+from celltyper.optim import (
+    Average,
+    learning_rate_factor,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from celltyper.predict import SAME_MPP, autocast, pick_device, predict_image
+from celltyper.runs import (
+    LAST_FILE,
+    RUN_FILE,
+    Progress,
+    check_output,
+    make_folder,
+    run_facts,
+    write_history,
+)
+from celltyper.types import Sample
+
+logger = logging.getLogger("celltyper")
+
+SURROUND = 1.25
+"""Tiles are cut this much larger than asked, so that a rotation shows tissue, not mirrors."""
+
+
+def train(
+    config: Config,
+    output: str | Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Train a model and write its run folder.
+
+    Parameters
+    ----------
+    config : Config
+        ``data.root`` must be set.
+    output : str or Path
+        The run folder: ``model.safetensors`` (best on validation), ``last.safetensors``,
+        ``config.yaml``, ``history.csv``, ``run.json``.
+    device : str
+        See `celltyper.predict.pick_device`.
+    resume : bool
+        Go on with an unfinished run of the same config; the result equals an uninterrupted run.
+    overwrite : bool
+        Start over where another run is.
+    progress : bool
+        Show a progress bar on a terminal.
+
+    Returns
+    -------
+    Path
+        The run folder.
+
+    Raises
+    ------
+    ConfigError, DataError, CheckpointError
+        For wrong input, before anything is written.
+    TrainingError
+        If the loss is no longer finite (the last good checkpoint stays), or training changed
+        weights it must not, or did not change those it should.
+    """
+    output = Path(output)
+    place = pick_device(device)
+    autocast(place, config.train.precision)
+    if config.train.metric not in SCORES:
+        raise ConfigError(f"train.metric {config.train.metric!r} is unknown: {', '.join(SCORES)}")
+    train_data, val_data = training_data(config.data, config.seed)
+    config = _resolved(config, train_data)
+    check_output(output, config, resume=resume, overwrite=overwrite)
+    model = build_model(config, train_data.classes, config.data.mpp, train_data.colours)
+    samples = [_at_mpp(sample, config.data.mpp) for sample in train_data]
+    sampler = TileSampler(
+        samples, round(SURROUND * config.data.tile), config.data.balance, config.seed
+    )
+    state = Progress(digest=parameter_digest(model))
+    tensors: dict[str, Tensor] = {}
+    resume = resume and (output / LAST_FILE).is_file()
+    if resume:
+        tensors, header = read_tensors(output / LAST_FILE)
+        state = Progress(**header["progress"])
+        if state.finished:
+            logger.info("%s is finished: nothing to resume", output)
+            return output
+    make_folder(output, config, keep=resume)
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+        gradient_accumulation_steps=config.train.accumulate,
+        cpu=place.type == "cpu",
+    )
+    model.to(accelerator.device)
+    loop = _Loop(config, model, accelerator, class_weights(config.loss, sampler.pixels))
+    loop.restore(tensors, where=str(output / LAST_FILE))
+    _run(loop, state, TrainingTiles(sampler, model.instances, config), val_data, output, progress)
+    trainability = check_trainability(state.digest, parameter_digest(model), config.encoder.adapt)
+    state.finished = True
+    if accelerator.is_main_process:
+        loop.save(output, state, improved=False)
+        facts = run_facts(config, model, state, {"train": train_data, "val": val_data})
+        write_json(output / RUN_FILE, facts | {"trainability": asdict(trainability)})
+    return output
+
+
+def _run(
+    loop: _Loop,
+    state: Progress,
+    tiles: TrainingTiles,
+    val_data: Dataset,
+    output: Path,
+    progress: bool,
+) -> None:
+    """Step until the last step or until validation no longer improves."""
+    config, accelerator = loop.config, loop.accelerator
+    settings = config.train
+    per_step = settings.batch_size * settings.accumulate * accelerator.num_processes
+    loader = accelerator.prepare(
+        DataLoader(
+            tiles,
+            batch_size=settings.batch_size,
+            sampler=range(state.step * per_step, settings.steps * per_step),
+            num_workers=config.data.workers,
+        )
+    )
+    started = time.monotonic() - state.seconds
+    losses: list[float] = []
+    bar = tqdm(
+        total=settings.steps,
+        initial=state.step,
+        desc="train",
+        unit="step",
+        disable=None if progress else True,
+        dynamic_ncols=True,
+    )
+    with bar:
+        for number, batch in enumerate(loader):
+            # Dropout is a function of the step, so a resumed run drops the same units.
+            part = number % settings.accumulate
+            torch.manual_seed(config.seed * 1_000_003 + state.step * settings.accumulate + part)
+            with accelerator.accumulate(loop.model):
+                losses.append(loop.step(batch, state.step))
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(_diverged(losses[-1], state.step + 1, output, settings))
+            if not accelerator.sync_gradients:
+                continue
+            state.step += 1
+            loop.after_step(state.step)
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            last = state.step == settings.steps
+            if last or state.step % settings.validate_every == 0:
+                scores = loop.validate(val_data)
+                row = {"step": float(state.step), "loss": float(np.mean(losses)), "lr": loop.lr}
+                losses.clear()
+                stop = _record(state, row | scores, settings, last=last)
+                state.seconds = time.monotonic() - started
+                if accelerator.is_main_process:
+                    loop.save(output, state, improved=state.best_step == state.step)
+                bar.clear()
+                logger.info(_row_text(row | scores, settings))
+                if stop:
+                    break
+
+
+def _diverged(loss: float, step: int, output: Path, settings: Train) -> str:
+    kept = [n for n in (LAST_FILE, MODEL_FILE) if (output / n).is_file()]
+    return (
+        f"loss is {loss} at step {step}; "
+        + (f"the last good checkpoint stays in {output / kept[0]}; " if kept else "")
+        + f"lower train.lr (now {settings.lr}) or use train.precision=fp32"
+    )
+
+
+def _resolved(config: Config, data: Dataset) -> Config:
+    """Write into the config what was decided from the data: absolute root, resolution."""
+    root = config.data.root.absolute() if config.data.root else None
+    update = {"root": root, "mpp": config.data.mpp or data.mpp}
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def training_data(data: Data, seed: int) -> tuple[Dataset, Dataset]:
+    """Open the training and the validation images.
+
+    ``root/train`` and ``root/val`` are taken if they are folders, else the splits that the
+    dataset in ``root`` names, else a share ``val_fraction`` of the groups is held out.
+
+    Parameters
+    ----------
+    data : Data
+    seed : int
+        Decides which groups are held out.
+
+    Returns
+    -------
+    tuple of Dataset
+        Training and validation images.
+
+    Raises
+    ------
+    ConfigError
+        If ``data.root`` is not set.
+    DataError
+        If there is nothing to train or validate on, the classes of the two differ, or a group is
+        on both sides.
+    """
+    if data.root is None:
+        raise ConfigError("data.root is not set: pass --set data.root=FOLDER")
+    if (data.root / data.train).is_dir():
+        train_data = open_dataset(data.root / data.train, reader=data.reader)
+        if (data.root / data.val).is_dir():
+            val_data = open_dataset(data.root / data.val, reader=data.reader)
+        else:
+            train_data, val_data = split_by_group(train_data, data.val_fraction, seed)
+    else:
+        whole = open_dataset(data.root, reader=data.reader)
+        if {data.train, data.val} <= whole.splits.keys():
+            train_data, val_data = (whole.subset(whole.splits[s]) for s in (data.train, data.val))
+        else:
+            train_data, val_data = split_by_group(whole, data.val_fraction, seed)
+    if train_data.classes != val_data.classes:
+        raise DataError(
+            f"classes of {train_data.path} and {val_data.path} differ: "
+            f"{train_data.classes} and {val_data.classes}"
+        )
+    both = sorted(set(train_data.groups.values()) & set(val_data.groups.values()))
+    if both:
+        raise DataError(
+            f"{data.root}: {len(both)} patients or slides are in training and validation "
+            f"({', '.join(both[:5])}); move each to one side, or correct 'groups' in meta.json"
+        )
+    return train_data, val_data
+
+
+class _Loop:
+    """What one step needs, and what the checkpoint of a step holds."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: CellTyper,
+        accelerator: Accelerator,
+        weights: NDArray[np.float64] | None,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.bare = model
+        self.optimizer = make_optimizer(model, config.train)
+        self.rates = [float(g["lr"]) for g in self.optimizer.param_groups]
+        self.weights = (
+            None
+            if weights is None
+            else torch.as_tensor(weights, dtype=torch.float32).to(accelerator.device)
+        )
+        self.state = trained_state(model, config.encoder.adapt)
+        self.average = Average(self.state, config.train.ema) if config.train.ema else None
+        self.model, self.wrapped = accelerator.prepare(model, self.optimizer)
+        self.lr = 0.0
+
+    def restore(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Put back weights, average and optimiser of a last checkpoint; empty does nothing."""
+        if not tensors:
+            return
+        adapt = self.config.encoder.adapt
+        load_state(self.bare, _part(tensors, "model."), adapt, where=where)
+        if self.average:
+            self.average.state = {
+                k: v.to(self.accelerator.device) for k, v in _part(tensors, "average.").items()
+            }
+        restore_optimizer(self.optimizer, tensors)
+
+    def step(self, batch: dict[str, Tensor], step: int) -> float:
+        """One forward and backward pass; the optimiser steps when enough are accumulated."""
+        train = self.config.train
+        factor = learning_rate_factor(step, train.warmup, train.steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.lr = self.rates[0] * factor
+        self.model.train()
+        images = batch.pop("image")
+        with self.accelerator.autocast():
+            raw = self.model(images)
+        loss = objective(raw, batch, self.bare.maps, self.config.loss, self.weights)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), train.clip)
+            self.wrapped.step()
+            self.wrapped.zero_grad()
+        return value
+
+    def after_step(self, step: int) -> None:
+        if self.average:
+            self.average.update(self.state, step)
+
+    def validate(self, data: Dataset) -> dict[str, float]:
+        """Scores on whole validation images, with the averaged weights if there are any."""
+        infer = self.config.infer
+        own = {name: t.detach().clone() for name, t in self.state.items()} if self.average else {}
+        self._put(self.average.state if self.average else {})
+        scores = []
+        for sample in data:
+            prediction = predict_image(
+                self.bare,
+                sample.image,
+                sample.mpp or data.mpp,
+                batch_size=infer.batch_size,
+                precision=self.config.train.precision,
+                name=sample.name,
+            )
+            scores.append(score_image(prediction, sample))
+        self._put(own)
+        return {s: e.value for s, e in summarise(scores, data.classes, resamples=0).scores.items()}
+
+    def save(self, output: Path, state: Progress, *, improved: bool) -> None:
+        """Write the best model if this is it, the history, and last the last checkpoint."""
+        if improved:
+            best = self.average.state if self.average else None
+            save_model(output / MODEL_FILE, self.bare, self.config, best)
+        write_history(output, state.history, self.config.train.log)
+        tensors = {f"model.{k}": v for k, v in self.state.items()}
+        if self.average:
+            tensors |= {f"average.{k}": v for k, v in self.average.state.items()}
+        tensors |= optimizer_tensors(self.optimizer)
+        write_tensors(output / LAST_FILE, tensors, {"progress": asdict(state)})
+
+    @torch.no_grad()
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.state[name].copy_(tensor)
+
+
+def _record(state: Progress, row: dict[str, float], train: Train, *, last: bool) -> bool:
+    """Add a row to the history, note an improvement, and say whether to stop early."""
+    state.history.append(row)
+    score = row[train.metric]
+    # A score that cannot be computed yet (no cell found) must not block the first checkpoint.
+    if (math.isfinite(score) and score > state.best) or not state.best_step:
+        state.best, state.best_step = (score if math.isfinite(score) else -math.inf), state.step
+    waited = sum(past["step"] > state.best_step for past in state.history)
+    return not last and train.patience is not None and waited >= train.patience
+
+
+def class_weights(loss: Loss, counts: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """Weights of background and the K phenotypes in the cross-entropy, or None for all equal.
+
+    Parameters
+    ----------
+    loss : Loss
+    counts : ndarray of int64, shape (K + 1,)
+        Pixels of each class in the training images.
+
+    Returns
+    -------
+    ndarray of float64, shape (K + 1,) or None
+    """
+    if loss.class_weights == "none":
+        return None
+    return effective_class_weights(counts, rule=loss.class_weights)
+
+
+def _at_mpp(sample: Sample, mpp: float | None) -> Sample:
+    if mpp is None or sample.mpp is None or abs(sample.mpp / mpp - 1) < SAME_MPP:
+        return sample
+    return resample(sample, mpp)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _row_text(row: dict[str, float], train: Train) -> str:
+    return (
+        f"step {row['step']:.0f}/{train.steps}  loss {row['loss']:.3f}  "
+        f"macro_f1 {row['macro_f1']:.3f}  detection_f1 {row['detection_f1']:.3f}  "
+        f"bpq {row['bpq']:.3f}"
+    )
