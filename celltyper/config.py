@@ -261,6 +261,7 @@ def _first_problem(error: ValidationError) -> str:
         section: Any = Config
         for part in first["loc"][:-1]:
             section = section.model_fields[str(part)].annotation
-        return str(unknown_name("key", key, section.model_fields))
+        problem = unknown_name("key", str(first["loc"][-1]), section.model_fields)
+        return f"{key}: {problem}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{key}: {first['msg'].lower()}, got {first['input']!r}{more}"

@@ -61,7 +61,8 @@ def check_encoder(encoder: nn.Module) -> None:
                 not torch.allclose(together[i][:1], together[i][1:]),
                 f"{who}: map {i} is the same for two different images",
             )
-        if hasattr(module, "embed"):
+        # a frozen encoder without embedding says None
+        if hasattr(module, "embed") and getattr(module, "embed_dim", 0) is not None:
             _check_embedding(module, images, who)
     if any(parameter.requires_grad for parameter in encoder.parameters()):
         with _eval(module), _seeded():

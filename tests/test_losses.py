@@ -99,7 +99,7 @@ def test_weights_refuse_wrong_input() -> None:
 
 
 def test_dice_by_hand() -> None:
-    # Two pixels, p(class 1) = .5 and .5; one of them is class 1. Class 0: 2 * .5 + 1 over 1 + 1 + 1.
+    # Two pixels at .5, one of them of class 1: for both classes, 2 * .5 + 1 over 1 + 1 + 1.
     logits = torch.zeros(1, 2, 1, 2)
     target = torch.tensor([[[0, 1]]])
     assert losses.dice(logits, target).item() == pytest.approx(1 - 2 / 3, abs=1e-6)

@@ -45,7 +45,7 @@ def test_zero_strength_is_the_identity() -> None:
 
 
 def test_zero_strength_with_a_size_is_the_middle() -> None:
-    tile = _tile(50, 48)
+    tile = _tile(51, 48)
     found = t.augment(*tile, np.random.default_rng(0), size=32, **OFF)
     np.testing.assert_array_equal(found.image, tile.image[9:41, 8:40])
     np.testing.assert_array_equal(found.labels, tile.labels[9:41, 8:40])

@@ -58,26 +58,28 @@ def synthetic(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return labels, types
 
 
-def consep(folder: Path, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and class table of annotated images, cropped or tiled to the size."""
+def annotated(folder: Path, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and class table of annotated images, put side by side or cropped to the size."""
     files = sorted((folder / "labels").glob("*.npz"))
     if not files:
         raise SystemExit(f"no labels/*.npz in {folder}")
-    blocks = -(-size // 1000)
     labels = np.zeros((size, size), np.int32)
     types = [np.zeros(1, np.uint8)]
-    top = 0
-    for k in range(blocks * blocks):
-        with np.load(files[(7 * seed + k) % len(files)]) as data:
-            inst, kind = data["inst"].astype(np.int32), data["type"]
-        r, c = k // blocks * 1000, k % blocks * 1000
-        part = labels[r : r + 1000, c : c + 1000]
-        cut, cut_kind = inst[: part.shape[0], : part.shape[1]], kind[: part.shape[0], :]
-        table = np.zeros(int(inst.max()) + 1, np.uint8)
-        table[inst] = kind
-        part[...] = np.where(cut > 0, cut + top, 0)[: cut_kind.shape[0]]
-        types.append(table[1:])
-        top += len(table) - 1
+    top, file = 0, 5 * seed
+    for r in range(0, size, 1000):
+        for c in range(0, size, 1000):
+            with np.load(files[file % len(files)]) as data:
+                inst, kind = data["inst"].astype(np.int32), data["type"]
+            file += 1
+            table = np.zeros(int(inst.max()) + 1, np.uint8)
+            table[inst] = kind
+            rows, cols = (min(n, size - k) for n, k in zip(inst.shape, (r, c), strict=True))
+            # A crop comes from the middle.
+            up, left = (inst.shape[0] - rows) // 2, (inst.shape[1] - cols) // 2
+            cut = inst[up : up + rows, left : left + cols]
+            labels[r : r + rows, c : c + cols] = np.where(cut > 0, cut + top, 0)
+            types.append(table[1:])
+            top += len(table) - 1
     return labels, np.concatenate(types)
 
 
@@ -162,11 +164,63 @@ def ours(maps: dict[str, np.ndarray], repeats: int, method: str = "hv") -> tuple
     return min(seconds), labels, types
 
 
-def score(truth: tuple[np.ndarray, np.ndarray], labels: np.ndarray, types: np.ndarray) -> Any:
-    """Panoptic qualities (bPQ, mPQ) and counts."""
-    from celltyper.metrics import multiclass_panoptic_quality
+class Quality:
+    """Panoptic sums over images: bPQ, and mPQ as the mean over classes of pooled sums (mPQ+)."""
 
-    return multiclass_panoptic_quality(truth[0], truth[1], labels, types, CLASSES)
+    def __init__(self) -> None:
+        self.binary, self.counts, self.seconds = np.zeros(4), np.zeros((CLASSES, 4)), []
+
+    def add(
+        self,
+        truth: tuple[np.ndarray, np.ndarray],
+        labels: np.ndarray,
+        types: np.ndarray,
+        seconds: float,
+    ) -> None:
+        """Add one image."""
+        from celltyper.metrics import multiclass_panoptic_quality
+
+        result = multiclass_panoptic_quality(*truth, labels, types, CLASSES)
+        self.binary += result.binary
+        self.counts += result.counts
+        self.seconds.append(seconds)
+
+    def __str__(self) -> str:
+        from celltyper.metrics import mpq_plus, pq_of_counts
+
+        return f"{float(pq_of_counts(self.binary)):.3f} | {float(mpq_plus(self.counts)):.3f}"
+
+
+class Peer:
+    """A running process of the peer's environment."""
+
+    def __init__(self, python: Path) -> None:
+        command = [python, __file__, "--serve"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        if self.answer() != "ready":
+            raise SystemExit("the peer did not start; see the docstring for its packages")
+
+    def answer(self) -> str:
+        """Next line of the process."""
+        return self.process.stdout.readline().strip()  # type: ignore[union-attr]
+
+    def decode(self, maps: dict[str, np.ndarray], repeats: int) -> tuple[Any, ...]:
+        """Best time, labels and class table of the peer."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for key, values in maps.items():
+                np.save(folder / f"{key}.npy", values)
+            self.process.stdin.write(f"{folder} {repeats}\n")  # type: ignore[union-attr]
+            self.process.stdin.flush()  # type: ignore[union-attr]
+            seconds = json.loads(self.answer())
+            return seconds, np.load(folder / "labels.npy"), np.load(folder / "types.npy")
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.wait()
 
 
 def main() -> None:
@@ -176,60 +230,52 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of annotated images for real maps")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--peer-up-to", type=int, default=2048, help="largest size of the peer")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pixels", type=int, default=5 << 20, help="images make up so many")
+    parser.add_argument("--method", default="hv", help="instance method; the peer knows hv only")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         peer_serve()
         return
-    peer = None
-    if args.peer_python:
-        peer = subprocess.Popen(
-            [args.peer_python, __file__, "--serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        while (answer := peer.stdout.readline()).strip() != "ready":  # type: ignore[union-attr]
-            if not answer:
-                raise SystemExit("the peer did not start; see the docstring for its packages")
-    else:
+    peer = Peer(args.peer_python) if args.peer_python else None
+    if peer is None:
         print("no --peer-python: ours alone; the docstring says how to install the peer")
 
-    print("| maps | px | nuclei | ours s | ns/px | bPQ | mPQ | peer s | bPQ | mPQ | faster |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print(
+        "| maps | px | images | nuclei | ours ms | ns/px | bPQ | mPQ+ | peer ms | bPQ | mPQ+ | x |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for kind in KINDS if args.data else KINDS[:2]:
         for size in args.sizes:
-            truth = consep(args.data, size, args.seed) if kind == "real" else synthetic(size, 0)
-            maps = as_predicted(*truth, kind, args.seed)
-            ours(maps, 1)
-            seconds, labels, types = ours(maps, 3 if size > 1024 else 7)
-            mine = score(truth, labels, types)
-            line = (
-                f"| {kind} | {size} | {len(np.unique(truth[0])) - 1} | {seconds:.4f} "
-                f"| {seconds / size**2 * 1e9:.0f} | {mine.bpq:.3f} | {mine.mpq:.3f} "
-            )
-            if peer and size <= args.peer_up_to:
-                with tempfile.TemporaryDirectory() as folder:
-                    for name, values in maps.items():
-                        np.save(Path(folder) / f"{name}.npy", values)
-                    peer.stdin.write(f"{folder} {1 if size > 1024 else 2}\n")  # type: ignore[union-attr]
-                    peer.stdin.flush()  # type: ignore[union-attr]
-                    theirs = json.loads(peer.stdout.readline())  # type: ignore[union-attr]
-                    other = score(
-                        truth,
-                        np.load(Path(folder) / "labels.npy"),
-                        np.load(Path(folder) / "types.npy"),
-                    )
-                line += (
-                    f"| {theirs:.3f} | {other.bpq:.3f} | {other.mpq:.3f} | {theirs / seconds:.0f}x "
+            mine, theirs = Quality(), Quality()
+            images = min(max(args.pixels // size**2, 1), 27)
+            nuclei = 0
+            for seed in range(images):
+                truth = (
+                    annotated(args.data, size, seed) if kind == "real" else synthetic(size, seed)
                 )
+                nuclei += len(np.unique(truth[0])) - 1
+                maps = as_predicted(*truth, kind, seed, args.method)
+                if seed == 0:
+                    ours(maps, 1, args.method)
+                seconds, labels, types = ours(maps, 3, args.method)
+                mine.add(truth, labels, types, seconds)
+                if peer and size <= args.peer_up_to:
+                    seconds, labels, types = peer.decode(maps, 2 if size < 2048 else 1)
+                    theirs.add(truth, labels, types, seconds)
+            time_mine = np.mean(mine.seconds)
+            line = (
+                f"| {kind} | {size} | {images} | {nuclei} | {1e3 * time_mine:.1f} "
+                f"| {time_mine / size**2 * 1e9:.0f} | {mine} "
+            )
+            if theirs.seconds:
+                time_theirs = np.mean(theirs.seconds)
+                line += f"| {1e3 * time_theirs:.0f} | {theirs} | {time_theirs / time_mine:.0f} |"
             else:
-                line += "| | | | "
-            print(line + "|", flush=True)
+                line += "| | | | |"
+            print(line, flush=True)
     if peer:
-        peer.stdin.close()  # type: ignore[union-attr]
-        peer.wait()
+        peer.close()
 
 
 if __name__ == "__main__":

@@ -142,36 +142,13 @@ def _root(parents, i):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _diagonal_contacts(labels):  # type: ignore[no-untyped-def]
-    # Vertices at which two pixels of a label meet diagonally across pixels that are not of it,
-    # as row * (width + 1) + column, hence ascending. Only there may a ring come by twice.
-    found = np.empty(1024, np.int64)
-    n = 0
-    height, width = labels.shape
-    for r in range(1, height):
-        for c in range(1, width):
-            a, b = labels[r - 1, c - 1], labels[r - 1, c]
-            d, e = labels[r, c - 1], labels[r, c]
-            if (a != 0 and a == e and a != b and a != d) or (
-                b != 0 and b == d and b != a and b != e
-            ):
-                if n == len(found):
-                    found = _grown(found)
-                found[n] = r * (width + 1) + c
-                n += 1
-    return found[:n].copy()
-
-
-@njit(cache=True, nogil=True)
 def _trace(labels):  # type: ignore[no-untyped-def]
     # One raster scan. Runs of equal pixels are joined over rows into 4-connected pieces; every
     # top edge that no ring has used yet starts a ring, which is followed with the cell on the
     # right-hand side, hugging the current pixel at diagonal contacts. If a ring comes back to a
     # contact, what lies between the two visits is split off: it is simple by construction.
     height, width = labels.shape
-    contacts = _diagonal_contacts(labels)
-    visit_ring = np.full((len(contacts), 2), -1, np.int64)
-    visit_position = np.empty((len(contacts), 2), np.int64)
+    visits = {np.int64(-1): np.int64(0)}  # position in the path of every contact of this walk
     used = np.zeros((height, width), np.bool_)
     above_run = np.zeros(width, np.int32)
     run = np.zeros(width, np.int32)
@@ -185,17 +162,19 @@ def _trace(labels):  # type: ignore[no-untyped-def]
     pieces = np.empty(256, np.int32)
     areas = np.empty(256, np.int64)
     n_rings = 0
-    walk = 0
+    here = np.zeros(width, labels.dtype)
     for row in range(height):
         above_run, run = run, above_run
+        above, here = here, labels[row]
+        label = labels.dtype.type(0)
         for col in range(width):
-            label = labels[row, col]
+            before, label = label, here[col]
             if label == 0:
                 continue
-            joined = col > 0 and labels[row, col - 1] == label
+            joined = before == label
             if joined:
                 run[col] = run[col - 1]
-            same_above = row > 0 and labels[row - 1, col] == label
+            same_above = above[col] == label
             if same_above:
                 if not joined:
                     run[col] = above_run[col]
@@ -211,7 +190,8 @@ def _trace(labels):  # type: ignore[no-untyped-def]
             if same_above or used[row, col]:
                 continue
 
-            walk += 1
+            if len(visits):
+                visits.clear()
             n_path = 0
             x, y, d = col, row, 0
             while True:
@@ -230,21 +210,17 @@ def _trace(labels):  # type: ignore[no-untyped-def]
                     right, left = _at(labels, y - 1, x), _at(labels, y - 1, x - 1)
                 if right == label and left != label:
                     continue
-                contact = -1
+                split = -1
                 if right == label:
                     d = (d + 3) & 3
                 else:
-                    if left == label:
-                        contact = np.searchsorted(contacts, y * (width + 1) + x)
-                        diagonal = d & 1
                     d = (d + 1) & 3
-                split = -1
-                if contact >= 0:
-                    if visit_ring[contact, diagonal] == walk:
-                        split = visit_position[contact, diagonal]
-                    else:
-                        visit_ring[contact, diagonal] = walk
-                        visit_position[contact, diagonal] = n_path
+                    if left == label:
+                        contact = np.int64(y) * (width + 1) + x
+                        if contact in visits:
+                            split = visits[contact]
+                        else:
+                            visits[contact] = n_path
                 closed = x == col and y == row and d == 0
                 if split < 0:
                     if n_path == len(path):

@@ -258,7 +258,7 @@ def _read_sample(
 
 def _read_npz(path: Path) -> tuple[Labels, NDArray[Any] | None]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if "inst" not in file.files:
                 raise DataError(
                     f"{path}: no array 'inst' in it (found {listing(file.files) or 'nothing'})"
@@ -267,7 +267,15 @@ def _read_npz(path: Path) -> tuple[Labels, NDArray[Any] | None]:
             types = file["type"] if "type" in file.files else None
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: unreadable or truncated ({reason})") from None
     return as_labels(inst, path), types

@@ -219,16 +219,16 @@ def _to_rgb(pixels: NDArray[Any], path: Path) -> Image:
         pixels = pixels.astype(np.uint8) * np.uint8(255)
     if not np.issubdtype(pixels.dtype, np.integer):
         raise DataError(f"{path}: pixels are {pixels.dtype}; save the image as 8-bit RGB")
+    if 0 in pixels.shape:
+        raise DataError(f"{path}: image is empty, shape {pixels.shape}")
     if pixels.dtype != np.uint8:
-        low, high = int(pixels.min(initial=0)), int(pixels.max(initial=0))
+        low, high = int(pixels.min()), int(pixels.max())
         if low < 0 or high > 255:
             raise DataError(
                 f"{path}: {pixels.dtype} pixels with values {low}..{high}; only 0..255 are read, "
                 "rescale the image to 8 bits first"
             )
         pixels = pixels.astype(np.uint8)
-    if 0 in pixels.shape:
-        raise DataError(f"{path}: image is empty, shape {pixels.shape}")
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     channels = pixels.shape[2]

@@ -85,7 +85,10 @@ def find_decoder(name: str) -> Callable[..., Any]:
 
 
 def _check_options(name: str, factory: Callable[..., Any], options: dict[str, Any]) -> None:
-    parameters = list(inspect.signature(factory).parameters.values())
+    try:
+        parameters = list(inspect.signature(factory).parameters.values())
+    except ValueError:  # a builtin says nothing about its parameters
+        return
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return
     known = {p.name for p in parameters[2:] if p.kind is not inspect.Parameter.VAR_POSITIONAL}

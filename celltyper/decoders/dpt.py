@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from celltyper.decoders.grid import resize, to_pixels
-from celltyper.errors import ConfigError
+from celltyper.decoders.options import require_four_maps, require_width
 
 
 class DptDecoder(nn.Module):
@@ -33,10 +33,8 @@ class DptDecoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], patch_size: int, *, width: int = 64) -> None:
         super().__init__()
-        if len(channels) != 4:
-            raise ConfigError(f"decoder 'dpt' needs 4 feature maps, the encoder has {channels}")
-        if width < 2:
-            raise ConfigError(f"decoder 'dpt' needs a width of 2 or more, got {width}")
+        require_four_maps("dpt", channels)
+        require_width("dpt", width, least=2)
         self.patch_size = patch_size
         self.out_channels = width // 2
         scale: list[nn.Module] = [

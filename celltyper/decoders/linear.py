@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from celltyper.decoders.grid import to_pixels
+from celltyper.decoders.options import require_width
 
 
 class LinearDecoder(nn.Module):
@@ -27,6 +28,7 @@ class LinearDecoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], patch_size: int, *, width: int = 32) -> None:
         super().__init__()
+        require_width("linear", width)
         self.patch_size = patch_size
         self.out_channels = width
         self.project = nn.Conv2d(channels[-1], width, kernel_size=1)

@@ -9,7 +9,7 @@ from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 from torch import Tensor, nn
 
 from celltyper.decoders.grid import pad_to_grid, resize, to_pixels
-from celltyper.errors import ConfigError
+from celltyper.decoders.options import require_four_maps, require_width
 
 
 class UnetPyramidDecoder(nn.Module):
@@ -30,8 +30,8 @@ class UnetPyramidDecoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], patch_size: int, *, width: int = 16) -> None:
         super().__init__()
-        if len(channels) != 4:
-            raise ConfigError(f"decoder 'unet' needs 4 feature maps, the encoder has {channels}")
+        require_four_maps("unet", channels)
+        require_width("unet", width)
         self.patch_size = patch_size
         self.out_channels = width
         self.stem = nn.Sequential(

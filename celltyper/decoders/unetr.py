@@ -8,7 +8,7 @@ from monai.networks.blocks import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
 
 from celltyper.decoders.grid import pad_to_grid, resize, to_pixels
-from celltyper.errors import ConfigError
+from celltyper.decoders.options import require_four_maps, require_width
 
 
 class UnetrDecoder(nn.Module):
@@ -35,8 +35,8 @@ class UnetrDecoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], patch_size: int, *, width: int = 16) -> None:
         super().__init__()
-        if len(channels) != 4:
-            raise ConfigError(f"decoder 'unetr' needs 4 feature maps, the encoder has {channels}")
+        require_four_maps("unetr", channels)
+        require_width("unetr", width)
         self.patch_size = patch_size
         self.out_channels = width
 

@@ -37,9 +37,9 @@ class Distance:
     """
 
     threshold: float = 0.5
-    radius: int = 1
-    depth: float = 0.15
-    min_core: int = 12
+    radius: int = 2
+    depth: float = 0.3
+    min_core: int = 24
     min_area: int = 10
     max_hole: int = 100
 

@@ -46,10 +46,10 @@ class HV:
     """
 
     threshold: float = 0.5
-    radius: int = 3
+    radius: int = 2
     scale: float = 0.5
-    depth: float = 0.15
-    min_core: int = 12
+    depth: float = 0.08
+    min_core: int = 24
     min_area: int = 10
     max_hole: int = 100
 

@@ -210,12 +210,12 @@ def save_overlay(
         If the arrays do not fit together.
     """
     scale = 2 if median_diameter(labels) < SMALL_NUCLEUS and max(image.shape) <= 4096 else 1
-    drawn = draw_outlines(image, labels, phenotypes, colors, scale=scale)
+    drawn = draw_outlines(image, labels, phenotypes, colors, width=2, scale=scale)
     counts = class_counts(labels, phenotypes, len(classes))
     names, paint = list(classes), list(colors)
     if counts[0]:
         names, paint = [*names, "no class"], [*paint, UNTYPED]
-    counts = np.append(counts[1:], counts[:1] if counts[0] else [])
+    counts = np.concatenate([counts[1:], counts[:1] if counts[0] else counts[:0]])
     bar = None if mpp is None else mpp / scale
     strip = legend(names, paint, max(drawn.shape[1], 240), counts=counts.tolist(), mpp=bar)
     page = np.full((len(drawn) + len(strip), strip.shape[1], 3), 255, np.uint8)

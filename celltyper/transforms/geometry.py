@@ -97,7 +97,8 @@ def warp(
     """Move image and labels through one coordinate map, so that both are resampled once.
 
     The output pixel p shows the input at ``centre_in + matrix @ (p - centre_out) + offset +
-    field(p)``; the input goes on beyond its border by reflection about the edge pixels.
+    field(p)``, with ``centre_in`` rounded so that the identity falls on pixels. The input goes on
+    beyond its border by reflection about the edge pixels.
 
     Parameters
     ----------
@@ -208,6 +209,9 @@ def _warp(image, labels, matrix, offset, field, weights, spacing, height, width)
     mirrored = np.zeros((height, width), np.bool_)
     bend_y, bend_x = np.zeros(field.shape[1]), np.zeros(field.shape[1])
     one, half = np.float32(1), np.float32(0.5)
+    # Whole pixels between the corners, so that cutting an odd from an even size blurs nothing.
+    middle_y = (rows - height) // 2 + (height - 1) / 2 + offset[0]
+    middle_x = (cols - width) // 2 + (width - 1) / 2 + offset[1]
     for r in range(height):
         if field.shape[0]:
             bend_y[:] = 0
@@ -219,8 +223,8 @@ def _warp(image, labels, matrix, offset, field, weights, spacing, height, width)
         dr = r - (height - 1) / 2
         for c in range(width):
             dc = c - (width - 1) / 2
-            y = (rows - 1) / 2 + offset[0] + matrix[0, 0] * dr + matrix[0, 1] * dc
-            x = (cols - 1) / 2 + offset[1] + matrix[1, 0] * dr + matrix[1, 1] * dc
+            y = middle_y + matrix[0, 0] * dr + matrix[0, 1] * dc
+            x = middle_x + matrix[1, 0] * dr + matrix[1, 1] * dc
             if field.shape[0]:
                 left = c // spacing
                 for k in range(4):

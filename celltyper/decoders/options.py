@@ -1,0 +1,22 @@
+"""Checks that several decoders share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from celltyper.errors import ConfigError
+
+
+def require_four_maps(decoder: str, channels: Sequence[int]) -> None:
+    """Raise ConfigError unless the encoder gives four maps."""
+    if len(channels) != 4:
+        raise ConfigError(
+            f"decoder {decoder!r} needs 4 feature maps, the encoder gives {len(channels)}; name "
+            "4 blocks with feature_blocks, or take decoder 'linear'"
+        )
+
+
+def require_width(decoder: str, width: int, least: int = 1) -> None:
+    """Raise ConfigError unless the width is an integer of at least `least`."""
+    if not isinstance(width, int) or width < least:
+        raise ConfigError(f"decoder {decoder!r} needs a width of {least} or more, got {width!r}")

@@ -1,0 +1,248 @@
+"""Training: exact resume, the trainability contract, and what goes wrong said in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from celltyper.checkpoints import load_model, read_tensors
+from celltyper.config import Config, dump_config
+from celltyper.errors import CheckpointError, ConfigError, DataError, TrainingError
+from celltyper.optim import learning_rate_factor
+from celltyper.training import train
+
+Tiny = Callable[..., Config]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def test_run_folder_holds_what_is_needed_to_know_it(
+    tiny: Tiny, made_data: Path, tmp_path: Path
+) -> None:
+    run = train(tiny(made_data), tmp_path / "run", device="cpu", progress=False)
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml",
+        "history.csv",
+        "last.safetensors",
+        "model.safetensors",
+        "run.json",
+    }
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["steps"] == 4
+    assert facts["classes"] == ["blue", "brown"]
+    assert facts["data"]["val"] == {
+        "path": str(made_data / "val"),
+        "images": 1,
+        "groups": 1,
+        "cells": {"blue": 6, "brown": 6},
+    }
+    assert facts["trainability"]["adapt"] == "full"
+    assert "encoder" in facts["trainability"]["changed"]
+    rows = (run / "history.csv").read_text().splitlines()
+    assert rows[0].startswith("step,loss,lr,macro_f1,")
+    assert [r.split(",")[0] for r in rows[1:]] == ["2", "4"]
+
+
+class KilledError(Exception):
+    """Stands for a process that ends between two steps."""
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("train.ema=0.9", "train.accumulate=2"),
+        ("encoder.adapt=lora", "encoder.lora.dropout=0.5"),
+    ],
+)
+def test_killed_and_resumed_ends_with_the_same_bytes(
+    tiny: Tiny,
+    made_data: Path,
+    tmp_path: Path,
+    overrides: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny(made_data, *overrides)
+    whole = train(config, tmp_path / "whole", device="cpu", progress=False)
+
+    import celltyper.training as training
+
+    step = training.objective
+    calls = {"n": 0}
+
+    def dies_in_the_third_step(*args, **kwargs):  # type: ignore[no-untyped-def]
+        calls["n"] += 1
+        if calls["n"] == 2 * config.train.accumulate + 1:
+            raise KilledError
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(training, "objective", dies_in_the_third_step)
+    with pytest.raises(KilledError):
+        train(config, tmp_path / "killed", device="cpu", progress=False)
+    monkeypatch.setattr(training, "objective", step)
+    torch.rand(7)
+    killed = train(config, tmp_path / "killed", device="cpu", progress=False, resume=True)
+    assert_same(weights(whole), weights(killed))
+    ours, theirs = (read_tensors(r / "last.safetensors") for r in (whole, killed))
+    assert_same(ours[0], theirs[0])
+    assert (whole / "history.csv").read_text() == (killed / "history.csv").read_text()
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(tiny: Tiny, made_data: Path, tmp_path: Path) -> None:
+    """A process killed by the system, again and again, still ends with the same weights."""
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(tiny(made_data, "train.steps=60", "train.validate_every=5")))
+    command = [sys.executable, "-m", "celltyper", "train", str(config), "--device", "cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, env=env)
+    for delay in (8, 9, 10, 300):
+        process = subprocess.Popen([*command, "-o", str(tmp_path / "killed"), "--resume"], env=env)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        time.sleep(0.1)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+@pytest.mark.parametrize("adapt", ["frozen", "lora"])
+def test_base_weights_stay_out_of_checkpoint_and_of_training(
+    tiny: Tiny, made_data: Path, tmp_path: Path, adapt: str
+) -> None:
+    config = tiny(made_data, f"encoder.adapt={adapt}")
+    run = train(config, tmp_path / "run", device="cpu", progress=False)
+    saved = weights(run)
+    assert all(not n.startswith("encoder.") or "lora_" in n for n in saved)
+    assert any("lora_" in n for n in saved) == (adapt == "lora")
+    facts = json.loads((run / "run.json").read_text())["trainability"]
+    assert "encoder" in facts["unchanged"]
+    model = load_model(run)
+    assert model.classes == ("blue", "brown")
+    for name, tensor in model.state_dict().items():
+        if name in saved:
+            assert torch.equal(tensor, saved[name])
+
+
+def test_loading_onto_other_base_weights_is_refused(
+    tiny: Tiny, made_data: Path, tmp_path: Path
+) -> None:
+    config = tiny(made_data, "encoder.adapt=frozen", "train.steps=2")
+    run = train(config, tmp_path / "run", device="cpu", progress=False)
+    with pytest.raises(CheckpointError, match=r"trained on other weights.*--encoder-weights"):
+        # The full-size architecture with random weights is another encoder than its twin.
+        load_model(run, encoder_weights="random")
+
+
+def test_code_of_a_checkpoint_needs_permission(tiny: Tiny, made_data: Path, tmp_path: Path) -> None:
+    config = tiny(made_data, "decoder.name=celltyper.decoders.linear:Linear", "train.steps=2")
+    run = train(config, tmp_path / "run", device="cpu", progress=False)
+    with pytest.raises(CheckpointError, match="--allow-code"):
+        load_model(run)
+    assert load_model(run, allow_code=True).classes == ("blue", "brown")
+
+
+def test_damaged_or_missing_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model at"):
+        load_model(tmp_path)
+    broken = tmp_path / "model.safetensors"
+    broken.write_bytes(b"not a checkpoint at all")
+    with pytest.raises(CheckpointError, match="damaged or was not written by celltyper"):
+        load_model(tmp_path)
+
+
+def test_loss_that_explodes_stops_and_keeps_the_last_checkpoint(
+    tiny: Tiny, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import celltyper.training as training
+
+    step, calls = training.objective, {"n": 0}
+
+    def explodes(*args, **kwargs):  # type: ignore[no-untyped-def]
+        calls["n"] += 1
+        return step(*args, **kwargs) * (float("nan") if calls["n"] == 4 else 1.0)
+
+    monkeypatch.setattr(training, "objective", explodes)
+    run = tmp_path / "run"
+    with pytest.raises(TrainingError, match=r"loss is nan at step 4; the last good .*last\.safe"):
+        train(tiny(made_data), run, device="cpu", progress=False)
+    _, header = read_tensors(run / "last.safetensors")
+    assert header["progress"]["step"] == 2
+    assert all(t.isfinite().all() for t in weights(run).values())
+
+
+def test_folder_of_another_run_is_left_alone(tiny: Tiny, made_data: Path, tmp_path: Path) -> None:
+    run = train(tiny(made_data), tmp_path / "run", device="cpu", progress=False)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    with pytest.raises(ConfigError, match="already holds a run; pass --resume"):
+        train(tiny(made_data), run, device="cpu", progress=False)
+    with pytest.raises(ConfigError, match=r"another config \(train.lr: 0.0003 then, 0.1 now\)"):
+        train(tiny(made_data, "train.lr=0.1"), run, device="cpu", progress=False, resume=True)
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files"):
+        train(tiny(made_data), other, device="cpu", progress=False, overwrite=True)
+    assert [p.name for p in other.iterdir()] == ["thesis.txt"]
+
+
+def test_wrong_input_is_refused_before_anything_is_written(
+    tiny: Tiny, made_data: Path, tmp_path: Path
+) -> None:
+    for config, said in (
+        (Config(), "data.root is not set"),
+        (tiny(made_data, "train.metric=f2"), "train.metric 'f2' is unknown: macro_f1"),
+        (tiny(made_data, "decoder.name=unter"), "unknown decoder 'unter'"),
+        (tiny(made_data, "encoder.name=unni"), "unknown encoder 'unni'"),
+        (tiny(made_data, "instances.method=hw"), "unknown instance method 'hw'"),
+        (tiny(made_data, "train.precision=fp16"), "fp16 is not supported by this CPU"),
+    ):
+        with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+            train(config, tmp_path / "run", device="cpu", progress=False)
+    with pytest.raises(ConfigError, match="device 'cuda:9' is not available"):
+        train(tiny(made_data), tmp_path / "run", device="cuda:9", progress=False)
+    with pytest.raises(DataError, match="no such folder"):
+        train(tiny(tmp_path / "none"), tmp_path / "run", device="cpu", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_patient_on_both_sides_is_refused(tiny: Tiny, made_data: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / part).symlink_to(made_data / "train")
+    with pytest.raises(DataError, match="3 patients or slides are in training and validation"):
+        train(tiny(tmp_path), tmp_path / "run", device="cpu", progress=False)
+
+
+def test_learning_rate_by_hand() -> None:
+    factors = [learning_rate_factor(step, warmup=2, steps=6) for step in range(6)]
+    assert factors == pytest.approx([0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+
+
+def test_early_stop_counts_validations_without_gain(
+    tiny: Tiny, made_data: Path, tmp_path: Path
+) -> None:
+    config = tiny(
+        made_data, "train.lr=1e-9", "train.steps=40", "train.validate_every=1", "train.patience=2"
+    )
+    run = train(config, tmp_path / "run", device="cpu", progress=False)
+    assert json.loads((run / "run.json").read_text())["steps"] == 3
