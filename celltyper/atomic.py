@@ -67,8 +67,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _flush(path.parent)
 
 
+def make_folder(path: str | Path) -> None:
+    """Create a folder and its parents unless it is there.
+
+    Raises
+    ------
+    DataError
+        If a file is in the way or the parent is not writable.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise DataError(f"{path} is a file; give a folder") from error
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(f"cannot create folder {path} ({reason}); choose another") from error
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text with ``\\n`` line ends atomically; errors as in `atomic_path`."""
+    """Write UTF-8 text atomically, line ends as they are; errors as in `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode())
 

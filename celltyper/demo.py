@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from celltyper.atomic import make_folder, write_text
 from celltyper.config import load_config
 from celltyper.datasets import open_dataset
 from celltyper.datasets.hgsc import demo_split, fetch_hgsc
@@ -102,11 +103,8 @@ def _make_room(output: Path, overwrite: bool) -> None:
         for old in output.iterdir():
             if old.name not in {MARK, "data"}:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / MARK).touch()
-    except OSError as error:
-        raise ConfigError(f"cannot write to {output}: {error.strerror or error}") from error
+    make_folder(output)
+    write_text(output / MARK, "")
 
 
 def _shown(*words: object) -> str:

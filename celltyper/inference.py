@@ -14,8 +14,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from celltyper import __version__
-from celltyper.atomic import atomic_path, write_json
-from celltyper.cells import cells_table, default_colors, write_csv, write_geojson, write_parquet
+from celltyper.atomic import atomic_path, make_folder, write_json
+from celltyper.cells.colors import default_colors
+from celltyper.cells.geojson import write_geojson
+from celltyper.cells.outlines import outlines
+from celltyper.cells.table import cells_table, concat_cells, write_csv, write_parquet
 from celltyper.checkpoints import load_model
 from celltyper.datasets import read_image
 from celltyper.errors import ConfigError, DataError
@@ -99,6 +102,8 @@ def infer(
     place = pick_device(device)
     autocast(place, precision)
     model = load_model(run, device=place, encoder_weights=encoder_weights, allow_code=allow_code)
+    make_folder(output)
+    (output / INDEX_FILE).unlink(missing_ok=True)
     entries: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     tables = []
@@ -147,7 +152,7 @@ def infer(
             )
             bar.set_postfix(cells=sum(e["cells"] for e in entries), refresh=False)
     if len(paths) > 1 and tables:
-        write_parquet(output / CELLS_FILE, _together(tables, [e["name"] for e in entries]))
+        write_parquet(output / CELLS_FILE, concat_cells(tables))
     write_json(
         output / INDEX_FILE,
         {
@@ -206,7 +211,9 @@ def write_prediction(
 ) -> pa.Table:
     """Write the cells of one image in every format, the table last, and return the table."""
     colors = colors_of(model)
-    table = cells_table(prediction)
+    make_folder(folder)
+    found = outlines(prediction.labels)
+    table = cells_table(prediction, image=prediction.name or None, found=found)
     pixels = prediction.phenotypes[prediction.labels]
     quantised = np.rint(prediction.probabilities * 255).astype(np.uint8)
     with atomic_path(folder / LABELS_FILE) as temporary, temporary.open("wb") as file:
@@ -220,7 +227,9 @@ def write_prediction(
         colors,
         mpp=prediction.mpp,
     )
-    write_geojson(folder / "cells.geojson", prediction, colors)
+    write_geojson(
+        folder / "cells.geojson", table, found, dict(zip(model.classes, colors, strict=True))
+    )
     write_csv(folder / "cells.csv", table)
     write_parquet(folder / CELLS_FILE, table)
     return table
@@ -273,12 +282,3 @@ def _read_prediction(path: Path, entry: dict[str, Any], facts: dict[str, Any]) -
         name=entry["name"],
         colors=tuple(facts["colors"]),
     )
-
-
-def _together(tables: Sequence[pa.Table], names: Sequence[str]) -> pa.Table:
-    """One table of all images, with the image's name as first column."""
-    parts = [
-        t.add_column(0, "image", pa.array([name] * len(t), pa.string()))
-        for t, name in zip(tables, names, strict=True)
-    ]
-    return pa.concat_tables(parts)

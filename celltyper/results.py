@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from celltyper import __version__
-from celltyper.atomic import write_json, write_text
-from celltyper.cells import default_colors
+from celltyper.atomic import make_folder, write_json, write_text
+from celltyper.cells.colors import default_colors
 from celltyper.checkpoints import load_model
 from celltyper.datasets import Dataset, open_dataset
 from celltyper.errors import ConfigError, DataError
@@ -179,6 +179,7 @@ def write_evaluation(
     run : Path or None
         Run folder; its learning curve, config and facts go into the report.
     """
+    make_folder(folder)
     write_json(folder / METRICS_FILE, metrics_json(summary, dataset))
     rows = [
         [name, *(_cell(e) for key in (*PER_CLASS, "reference", "predicted") for e in [row[key]])]
@@ -211,7 +212,7 @@ def metrics_json(summary: Summary, dataset: Dataset) -> dict[str, Any]:
             name: {key: _interval(e) for key, e in row.items()}
             for name, row in summary.per_class.items()
         },
-        "expected_calibration_error": summary.calibration_error,
+        "expected_calibration_error": _known(summary.calibration_error),
         "confusion_reference_rule": summary.confusion.tolist(),
         "confusion_end_to_end": summary.pairs.tolist(),
     }
@@ -352,8 +353,13 @@ def _of_image(image: ImageScores) -> dict[str, float]:
     return {name: one[name].value for name in ("macro_f1", "detection_f1", "bpq", "mpq", "aji")}
 
 
-def _interval(estimate: Estimate) -> dict[str, float]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+def _interval(estimate: Estimate) -> dict[str, float | None]:
+    return {key: _known(getattr(estimate, key)) for key in ("value", "low", "high")}
+
+
+def _known(value: float) -> float | None:
+    """JSON has no NaN: what could not be computed is null."""
+    return value if math.isfinite(value) else None
 
 
 def _metric(name: str, estimate: Estimate, rule: str = "") -> Metric:
@@ -385,7 +391,7 @@ def _reliability(
     return Reliability(
         table.confidence,
         table.accuracy,
-        table.count,
+        table.cells,
         error,
         "annotated nuclei, largest mean probability against being right",
     )

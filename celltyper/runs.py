@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from celltyper import __version__
-from celltyper.atomic import write_text
+from celltyper.atomic import make_folder, write_text
 from celltyper.checkpoints import MODEL_FILE
 from celltyper.config import Config, dump_config, load_config
 from celltyper.datasets import Dataset
@@ -78,14 +78,11 @@ def check_output(output: Path, config: Config, *, resume: bool, overwrite: bool)
         )
 
 
-def make_folder(output: Path, config: Config, *, keep: bool) -> None:
+def start_folder(output: Path, config: Config, *, keep: bool) -> None:
     """Create the run folder and write its config; files of an earlier run go unless kept."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name in () if keep else (MODEL_FILE, LAST_FILE, HISTORY_FILE, RUN_FILE):
-            (output / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {output}: {error.strerror or error}") from error
+    make_folder(output)
+    for name in () if keep else (MODEL_FILE, LAST_FILE, HISTORY_FILE, RUN_FILE):
+        (output / name).unlink(missing_ok=True)
     write_text(output / CONFIG_FILE, dump_config(config))
 
 
@@ -139,7 +136,7 @@ def run_facts(
         "mpp": model.mpp,
         "steps": state.step,
         "best_step": state.best_step,
-        "best": {config.train.metric: state.best},
+        "best": {config.train.metric: state.best if math.isfinite(state.best) else None},
         "seconds": round(state.seconds, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

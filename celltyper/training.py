@@ -52,8 +52,8 @@ from celltyper.runs import (
     RUN_FILE,
     Progress,
     check_output,
-    make_folder,
     run_facts,
+    start_folder,
     write_history,
 )
 from celltyper.types import Sample
@@ -126,14 +126,19 @@ def train(
         if state.finished:
             logger.info("%s is finished: nothing to resume", output)
             return output
-    make_folder(output, config, keep=resume)
+    start_folder(output, config, keep=resume)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
         gradient_accumulation_steps=config.train.accumulate,
         cpu=place.type == "cpu",
     )
     model.to(accelerator.device)
-    loop = _Loop(config, model, accelerator, class_weights(config.loss, sampler.pixels))
+    loop = _Loop(
+        config,
+        model,
+        accelerator,
+        class_weights(config.loss, _padded(sampler.pixels, len(model.classes) + 1)),
+    )
     loop.restore(tensors, where=str(output / LAST_FILE))
     _run(loop, state, TrainingTiles(sampler, model.instances, config), val_data, output, progress)
     trainability = check_trainability(state.digest, parameter_digest(model), config.encoder.adapt)
@@ -400,6 +405,11 @@ def class_weights(loss: Loss, counts: NDArray[np.int64]) -> NDArray[np.float64] 
     if loss.class_weights == "none":
         return None
     return effective_class_weights(counts, rule=loss.class_weights)
+
+
+def _padded(counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Counts of all classes, those above the highest that occurs as 0."""
+    return np.pad(counts, (0, size - len(counts)))
 
 
 def _at_mpp(sample: Sample, mpp: float | None) -> Sample:

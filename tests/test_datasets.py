@@ -181,6 +181,10 @@ def test_labels_never_unpickle(folder: Path) -> None:
     np.savez(folder / "labels" / "a.npz", inst=np.array([{"a": 1}], dtype=object))
     with pytest.raises(DataError, match="unreadable"):
         read_folder(folder)[0]
+    with (folder / "labels" / "a.npz").open("wb") as file:
+        np.save(file, _labels()[0])
+    with pytest.raises(DataError, match="unreadable"):
+        read_folder(folder)[0]
 
 
 def test_images_and_labels_must_pair_up(folder: Path) -> None:

@@ -154,7 +154,9 @@ def test_loading_onto_other_base_weights_is_refused(
 
 
 def test_code_of_a_checkpoint_needs_permission(tiny: Tiny, made_data: Path, tmp_path: Path) -> None:
-    config = tiny(made_data, "decoder.name=celltyper.decoders.linear:Linear", "train.steps=2")
+    config = tiny(
+        made_data, "decoder.name=celltyper.decoders.linear:LinearDecoder", "train.steps=2"
+    )
     run = train(config, tmp_path / "run", device="cpu", progress=False)
     with pytest.raises(CheckpointError, match="--allow-code"):
         load_model(run)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -80,13 +80,10 @@ def write_geojson(
     frame = 160 + max(map(len, kinds), default=0) + len(keys) + 24 * len(names)
     corners = found.ring_offsets[found.polygon_offsets[found.cell_offsets]]
     with ExitStack() as stack:
-        file: IO[bytes] = stack.enter_context(
-            stack.enter_context(atomic_path(path)).open("wb")
-        )
+        file: IO[bytes] = stack.enter_context(stack.enter_context(atomic_path(path)).open("wb"))
         if Path(path).suffix == ".gz":
-            file = stack.enter_context(
-                gzip.GzipFile(filename="", mode="wb", compresslevel=4, fileobj=file, mtime=0)
-            )
+            packed = gzip.GzipFile(filename="", mode="wb", compresslevel=4, fileobj=file, mtime=0)
+            file = cast(IO[bytes], stack.enter_context(packed))
         file.write(b'{"type":"FeatureCollection","features":[')
         start = 0
         while start < len(found.ids):
@@ -125,7 +122,9 @@ def _packed(texts: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _measurements(cells: pa.Table) -> tuple[list[str], NDArray[np.float64]]:
-    fields = [f for f in cells.schema if pa.types.is_integer(f.type) or pa.types.is_floating(f.type)]
+    fields = [
+        f for f in cells.schema if pa.types.is_integer(f.type) or pa.types.is_floating(f.type)
+    ]
     names = [f.name for f in fields if f.name not in ("x", "y")]
     values = np.full((len(names), cells.num_rows), np.nan)
     for i, name in enumerate(names):
@@ -218,7 +217,9 @@ def _features(  # type: ignore[no-untyped-def]
             at = _put(buffer, at, b",")
         first, last = cell_offsets[cell], cell_offsets[cell + 1]
         if last - first == 1:
-            at = _put(buffer, at, b'\n{"type":"Feature","geometry":{"type":"Polygon","coordinates":')
+            at = _put(
+                buffer, at, b'\n{"type":"Feature","geometry":{"type":"Polygon","coordinates":'
+            )
             at = _put_polygon(
                 buffer, at, coordinates, ring_offsets, polygon_offsets[first], polygon_offsets[last]
             )
@@ -228,7 +229,12 @@ def _features(  # type: ignore[no-untyped-def]
             )
             for j in range(first, last):
                 at = _put_polygon(
-                    buffer, at, coordinates, ring_offsets, polygon_offsets[j], polygon_offsets[j + 1]
+                    buffer,
+                    at,
+                    coordinates,
+                    ring_offsets,
+                    polygon_offsets[j],
+                    polygon_offsets[j + 1],
                 )
                 at = _put(buffer, at, b",")
             buffer[at - 1] = 93

@@ -74,7 +74,7 @@ def outlines(labels: Labels) -> Outlines:
     """
     if labels.ndim != 2:
         raise ValueError(f"labels must be (H, W), got {labels.shape}")
-    corners, starts, owners, pieces, areas = _trace(labels)
+    corners, starts, owners, pieces, areas = _trace(np.ascontiguousarray(labels))
     # A piece is one polygon; its exterior, the only ring of positive area, comes first.
     order = np.lexsort((areas < 0, pieces, owners)).astype(np.int64)
     coordinates, ring_offsets = _arrange(corners, starts, order)
@@ -111,12 +111,6 @@ def to_shapely(found: Outlines) -> NDArray[np.object_]:
         owner = np.repeat(np.arange(several.sum()), counts[several])
         cells[several] = shapely.multipolygons(polygons[members], indices=owner)
     return cells
-
-
-def to_wkb(found: Outlines) -> NDArray[np.object_]:
-    """Well-known binary (little-endian, ISO) of all cells as bytes objects, shape (n,)."""
-    wkb: NDArray[np.object_] = shapely.to_wkb(to_shapely(found), byte_order=1, flavor="iso")
-    return wkb
 
 
 @njit(cache=True, nogil=True)
@@ -218,9 +212,9 @@ def _trace(labels):  # type: ignore[no-untyped-def]
                     if left == label:
                         contact = np.int64(y) * (width + 1) + x
                         if contact in visits:
-                            split = visits[contact]
+                            split = int(visits[contact])
                         else:
-                            visits[contact] = n_path
+                            visits[contact] = np.int64(n_path)
                 closed = x == col and y == row and d == 0
                 if split < 0:
                     if n_path == len(path):

@@ -13,7 +13,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from celltyper.atomic import atomic_path
-from celltyper.cells.outlines import Outlines, outlines, to_wkb
+from celltyper.cells.outlines import Outlines, outlines
+from celltyper.cells.wkb import to_wkb
 from celltyper.errors import DataError
 from celltyper.labels import centroids, label_boxes
 from celltyper.types import Prediction
@@ -77,7 +78,7 @@ def cells_table(
     centers = centroids(prediction.labels) + 0.5
     phenotypes = prediction.phenotypes[1:]
     unknown = np.full(n, mpp is None)
-    columns: list[tuple[str, pa.Array]] = [] if image is None else [("image", _same(image, n))]
+    columns: list[tuple[str, Any]] = [] if image is None else [("image", _same(image, n))]
     columns += [
         ("cell_id", pa.array(boxes.ids, pa.int32())),
         ("x", pa.array(centers[:, 1], pa.float64())),
@@ -89,7 +90,7 @@ def cells_table(
     ]
     for k, name in enumerate(("background", *classes)):
         columns.append((f"p_{name}", pa.array(probabilities[:, k], pa.float32())))
-    columns.append(("outline", pa.array(list(to_wkb(found)), pa.binary())))
+    columns.append(("outline", to_wkb(found)))
     names = [name for name, _ in columns]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -272,7 +272,7 @@ def _read_npz(path: Path) -> tuple[Labels, NDArray[Any] | None]:
         ValueError,
         EOFError,
         KeyError,
-        AttributeError,
+        TypeError,
         zipfile.BadZipFile,
         zlib.error,
     ) as error:

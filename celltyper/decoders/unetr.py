@@ -14,8 +14,9 @@ from celltyper.decoders.options import require_four_maps, require_width
 class UnetrDecoder(nn.Module):
     """UNETR (doi:10.48550/arXiv.2103.10504) of MONAI's blocks, on any encoder's maps.
 
-    Four doublings make 16 pixels of a patch. For another patch size the image stem's map is
-    resized to the doubled grid and the result to the pixels.
+    Four doublings make 16 pixels of a patch. For another patch size the map is resized before
+    the last doubling, so that the image stem's map, with the finest detail, is not resampled
+    (only where the patch size is odd, and then so is the result).
 
     Parameters
     ----------
@@ -90,6 +91,8 @@ class UnetrDecoder(nn.Module):
         x = self.merge3(last, self.lift3(third))
         x = self.merge2(x, self.lift2(second))
         x = self.merge1(x, self.lift1(first))
+        half = (self.patch_size + 1) // 2
+        x = resize(x, half * last.shape[2], half * last.shape[3])
         skip = self.stem(pad_to_grid(images, last, self.patch_size))
         x = self.merge0(x, resize(skip, 2 * x.shape[2], 2 * x.shape[3]))
         return to_pixels(x, last, images, self.patch_size)

@@ -52,7 +52,9 @@ def build_instances(name: str, **options: Any) -> InstanceMethod:
             if option not in known:
                 raise unknown_name(f"option of instance method {name!r}:", option, known)
     try:
-        method = build(**options)
+        method: object = build(**options)
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"instance method {name!r} cannot be built: {error}") from error
     if not isinstance(method, InstanceMethod):

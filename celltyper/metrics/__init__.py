@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from celltyper.metrics.bootstrap import (
+    Interval,
+    PairedDifference,
+    cluster_bootstrap,
+    paired_bootstrap,
+)
+from celltyper.metrics.calibration import (
+    ReliabilityTable,
+    expected_calibration_error,
+    reliability_table,
+)
 from celltyper.metrics.counts import count_moments, count_r2
 from celltyper.metrics.detection import (
     HOVERNET_WEIGHTS,
@@ -41,15 +52,19 @@ __all__ = [
     "PLAIN_WEIGHTS",
     "AggregatedJaccard",
     "DetectionCounts",
+    "Interval",
     "Matches",
     "MulticlassPanopticQuality",
     "Overlap",
+    "PairedDifference",
     "PanopticQuality",
     "ReferenceClasses",
+    "ReliabilityTable",
     "aggregated_jaccard",
     "aji",
     "aji_plus",
     "class_f1",
+    "cluster_bootstrap",
     "confusion_matrix",
     "count_detections",
     "count_moments",
@@ -57,6 +72,7 @@ __all__ = [
     "detection",
     "detection_f1",
     "detection_iou",
+    "expected_calibration_error",
     "iou_pairs",
     "macro_f1",
     "match_iou",
@@ -67,10 +83,12 @@ __all__ = [
     "multiclass_panoptic_quality",
     "multiclass_panoptic_quality_of",
     "overlap",
+    "paired_bootstrap",
     "panoptic_quality",
     "panoptic_quality_of",
     "pq_of_counts",
     "ratio",
     "reference_instance_classes",
+    "reliability_table",
     "typed_f1",
 ]

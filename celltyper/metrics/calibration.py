@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say: reliability and expected calibration error."""
+"""Whether a probability of .8 is right eight times out of ten."""
 
 from __future__ import annotations
 
@@ -7,69 +7,99 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from celltyper.errors import DataError
 from celltyper.metrics.ratios import ratio
 
 
 class ReliabilityTable(NamedTuple):
-    """Bins of equal width of the largest probability; NaN where a bin is empty."""
+    """Confidence against accuracy in bins of equal width; every field has shape (bins,)."""
 
+    low: NDArray[np.float64]
+    """Lower edge, itself not included (but 0 is in the first bin)."""
+    high: NDArray[np.float64]
+    """Upper edge, included."""
+    cells: NDArray[np.int64]
+    """Instances in the bin."""
     confidence: NDArray[np.float64]
-    """Mean confidence, shape (bins,)."""
+    """Mean largest probability, NaN in an empty bin."""
     accuracy: NDArray[np.float64]
-    """Share of right classes."""
-    count: NDArray[np.int64]
-    """Objects in the bin."""
+    """Share whose most probable class is right, NaN in an empty bin."""
 
 
 def reliability_table(
     probabilities: ArrayLike, truth: ArrayLike, bins: int = 15
 ) -> ReliabilityTable:
-    """Confidence against accuracy in bins.
+    """Compare the largest probability with how often its class is right.
 
     Parameters
     ----------
     probabilities : array_like, shape (n, C)
-        Class probabilities of every object.
+        Class probabilities of every instance.
     truth : array_like of int, shape (n,)
-        Its class.
+        True class, a column of ``probabilities``.
     bins : int
-        Number of bins ``(i / bins, (i + 1) / bins]``.
+        Number of bins on [0, 1].
 
     Returns
     -------
     ReliabilityTable
+        One row a bin.
+
+    Raises
+    ------
+    DataError
+        If shapes do not fit or a probability is outside [0, 1].
     """
     probabilities, truth = np.asarray(probabilities, np.float64), np.asarray(truth)
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == truth
-    which = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    count = np.bincount(which, minlength=bins)
+    if probabilities.ndim != 2 or truth.shape != probabilities.shape[:1]:
+        raise DataError(
+            f"probabilities are {probabilities.shape}, truth {truth.shape}: expected (n, C) and (n,)"
+        )
+    # Sums of float32 softmax may pass 1 by a rounding error.
+    if probabilities.size and not -1e-5 <= probabilities.min() <= probabilities.max() <= 1 + 1e-5:
+        raise DataError(
+            f"probabilities must be in [0, 1], got {probabilities.min()} to {probabilities.max()}"
+        )
+    confidence = probabilities.max(axis=1, initial=0)
+    right = probabilities.argmax(axis=1) == truth if len(truth) else np.zeros(0, bool)
+    edges = np.linspace(0, 1, bins + 1)
+    bin_of = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
     return ReliabilityTable(
-        ratio(np.bincount(which, confidence, bins), count),
-        ratio(np.bincount(which, right, bins), count),
+        edges[:-1],
+        edges[1:],
         count,
+        ratio(np.bincount(bin_of, confidence, bins), count),
+        ratio(np.bincount(bin_of, right, bins), count),
     )
 
 
 def expected_calibration_error(probabilities: ArrayLike, truth: ArrayLike, bins: int = 15) -> float:
-    """Mean distance of confidence and accuracy over bins, weighted by their objects.
+    """Mean gap between confidence and accuracy, weighted by the instances of each bin.
 
     Parameters
     ----------
-    probabilities, truth, bins
-        See `reliability_table`.
+    probabilities : array_like, shape (n, C)
+        Class probabilities of every instance.
+    truth : array_like of int, shape (n,)
+        True class, a column of ``probabilities``.
+    bins : int
+        Number of bins on [0, 1].
 
     Returns
     -------
     float
-        In [0, 1]; NaN without objects.
+        In [0, 1]; NaN without instances.
+
+    Raises
+    ------
+    DataError
+        If shapes do not fit or a probability is outside [0, 1].
 
     References
     ----------
-    Naeini et al., 2015, doi:10.1609/aaai.v29i1.9602; Guo et al., 2017,
-    doi:10.48550/arXiv.1706.04599
+    Naeini et al., 2015, doi:10.1609/aaai.v29i1.9602
     """
     table = reliability_table(probabilities, truth, bins)
-    total = int(table.count.sum())
-    gaps = np.abs(table.confidence - table.accuracy)
-    return float(np.nansum(gaps * table.count) / total) if total else float("nan")
+    gap = np.abs(table.confidence - table.accuracy)
+    return float(ratio(np.nansum(gap * table.cells), table.cells.sum()))

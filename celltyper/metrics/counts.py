@@ -9,7 +9,7 @@ from celltyper.metrics.ratios import ratio
 
 
 def count_moments(true: ArrayLike, predicted: ArrayLike) -> NDArray[np.float64]:
-    """Sums from which R2 follows; they add over images.
+    """Compute the sums from which R2 follows; they add over images.
 
     Parameters
     ----------

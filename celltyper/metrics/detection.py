@@ -175,7 +175,7 @@ def detection_iou(
 def count_detections(
     true: NDArray[np.intp], guess: NDArray[np.intp], pairs: Matches, n_classes: int
 ) -> DetectionCounts:
-    """Sums of paired instances with their classes.
+    """Sum up paired and unpaired instances by class.
 
     Parameters
     ----------
@@ -205,7 +205,7 @@ def count_detections(
 
 
 def detection_f1(found: ArrayLike) -> NDArray[np.float64]:
-    """Detection F1 (F_d) from sums.
+    """Compute the detection F1 (F_d) from sums.
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ class AggregatedJaccard(NamedTuple):
 
 
 def aji(reference: Labels, predicted: Labels) -> float:
-    """Aggregated Jaccard index.
+    """Compute the aggregated Jaccard index.
 
     Every reference label takes the predicted label of largest IoU (the lowest id in a tie), even
     if another took it before; labels that nobody took add to the union.
@@ -48,7 +48,7 @@ def aji(reference: Labels, predicted: Labels) -> float:
 
 
 def aji_plus(reference: Labels, predicted: Labels) -> float:
-    """Aggregated Jaccard index with one-to-one pairs of largest total IoU.
+    """Compute the aggregated Jaccard index with one-to-one pairs of largest total IoU.
 
     Parameters
     ----------
