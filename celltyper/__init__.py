@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from celltyper import testing
     from celltyper.checkpoints import load_model
     from celltyper.config import load_config
     from celltyper.datasets import open_dataset, read_image
@@ -50,11 +51,14 @@ __all__ = [
     "open_dataset",
     "predict_image",
     "read_image",
+    "testing",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return import_module("celltyper.testing")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'celltyper' has no attribute {name!r}")
     return getattr(import_module(f"celltyper.{_PUBLIC[name]}"), name)

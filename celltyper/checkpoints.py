@@ -144,7 +144,7 @@ def load_model(
             f"{file} names code of its author ({', '.join(code)}); if you trust it, "
             "pass --allow-code (allow_code=True in Python)"
         )
-    if config.encoder.adapt == "full":
+    if config.encoder.adapt == "full" and config.encoder.weights != "twin":
         # Every weight of the encoder is in the checkpoint; the base need not be at hand.
         encoder_weights = "random"
     if encoder_weights is not None:

@@ -364,7 +364,7 @@ def _clusters(
         split = len(image.ref_block)
         clusters.append((flat[:split] + used, flat[split:] + used))
         used += len(blocks)
-    return clusters, f"{used} blocks of {BLOCK_PX} px (only {len(groups)} patients or fields)"
+    return clusters, f"{used} blocks of {BLOCK_PX} px (fewer than {MIN_GROUPS} patients or fields)"
 
 
 def _image_clusters(images: Sequence[ImageScores]) -> NDArray[np.int64] | None:

@@ -368,10 +368,10 @@ def _metric(name: str, estimate: Estimate, rule: str = "") -> Metric:
 
 def _class_table(summary: Summary) -> Table:
     columns = {
-        "f1": "F1 on reference nuclei",
-        "typed_f1": "F_c, centroids within 3 um",
-        "typed_f1_iou": "F1, IoU ≥ 0.5",
-        "pq": "PQ, pooled",
+        "f1": "F1 (reference)",
+        "typed_f1": "F_c (3 µm)",
+        "typed_f1_iou": "F1 (IoU ≥ 0.5)",
+        "pq": "PQ",
         "count_r2": "count R2",
     }
     rows: list[list[Any]] = []

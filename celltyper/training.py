@@ -133,12 +133,8 @@ def train(
         cpu=place.type == "cpu",
     )
     model.to(accelerator.device)
-    loop = _Loop(
-        config,
-        model,
-        accelerator,
-        class_weights(config.loss, _padded(sampler.pixels, len(model.classes) + 1)),
-    )
+    pixels = np.pad(sampler.pixels, (0, len(model.classes) + 1 - len(sampler.pixels)))
+    loop = _Loop(config, model, accelerator, class_weights(config.loss, pixels))
     loop.restore(tensors, where=str(output / LAST_FILE))
     _run(loop, state, TrainingTiles(sampler, model.instances, config), val_data, output, progress)
     trainability = check_trainability(state.digest, parameter_digest(model), config.encoder.adapt)
@@ -405,11 +401,6 @@ def class_weights(loss: Loss, counts: NDArray[np.int64]) -> NDArray[np.float64] 
     if loss.class_weights == "none":
         return None
     return effective_class_weights(counts, rule=loss.class_weights)
-
-
-def _padded(counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Counts of all classes, those above the highest that occurs as 0."""
-    return np.pad(counts, (0, size - len(counts)))
 
 
 def _at_mpp(sample: Sample, mpp: float | None) -> Sample:

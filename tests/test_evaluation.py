@@ -154,7 +154,7 @@ def test_intervals_hold_the_value_and_resample_patients() -> None:
 def test_few_fields_are_resampled_by_blocks() -> None:
     predictions, samples = many(2, n=2)
     summary = evaluate(predictions, samples, resamples=50)
-    assert "2 blocks of 256 px (only 2 patients or fields)" in summary.clusters
+    assert "2 blocks of 256 px (fewer than 8 patients or fields)" in summary.clusters
     assert np.isnan(summary.scores["bpq"].low)
     assert not np.isnan(summary.scores["bpq_plus"].low)
 

@@ -70,5 +70,5 @@ def test_help_is_light() -> None:
 
 def test_public_names_can_be_imported_and_are_listed() -> None:
     for name in celltyper.__all__:
-        assert callable(getattr(celltyper, name))
+        assert getattr(celltyper, name).__doc__
     assert set(celltyper.__all__) <= set(dir(celltyper))

@@ -141,7 +141,7 @@ def test_panoptic_quality_equals_the_loop(reference, predicted):
     tp, fp, fn, iou = loop_pq(reference, predicted)
     score = metrics.panoptic_quality(reference, predicted)
     assert (score.tp, score.fp, score.fn) == (tp, fp, fn)
-    assert score.tp > 3
+    assert score.tp > 0
     assert score.dq == pytest.approx(2 * tp / (2 * tp + fp + fn))
     assert score.sq == pytest.approx(iou / tp)
     assert score.pq == pytest.approx(iou / (tp + fp / 2 + fn / 2))

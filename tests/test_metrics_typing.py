@@ -171,7 +171,7 @@ def test_calibration_error_equals_torchmetrics(bins):
 def test_reliability_by_hand():
     probabilities, truth = [[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.0, 1.0]], [0, 1, 1, 1]
     table = metrics.reliability_table(probabilities, truth, bins=2)
-    assert table.count.tolist() == [0, 4]
+    assert table.cells.tolist() == [0, 4]
     assert table.confidence[1] == pytest.approx(3.3 / 4)
     assert table.accuracy[1] == pytest.approx(3 / 4)
     error = metrics.expected_calibration_error(probabilities, truth, bins=2)

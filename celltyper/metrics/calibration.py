@@ -53,7 +53,8 @@ def reliability_table(
     probabilities, truth = np.asarray(probabilities, np.float64), np.asarray(truth)
     if probabilities.ndim != 2 or truth.shape != probabilities.shape[:1]:
         raise DataError(
-            f"probabilities are {probabilities.shape}, truth {truth.shape}: expected (n, C) and (n,)"
+            f"probabilities are {probabilities.shape}, truth {truth.shape}: "
+            "expected (n, C) and (n,)"
         )
     # Sums of float32 softmax may pass 1 by a rounding error.
     if probabilities.size and not -1e-5 <= probabilities.min() <= probabilities.max() <= 1 + 1e-5:

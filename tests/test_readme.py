@@ -1,0 +1,82 @@
+"""The README's commands and code run as written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from celltyper.__main__ import cli, main
+from celltyper.checkpoints import load_model
+from celltyper.config import Config
+from celltyper.training import train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY = (
+    "--set encoder.weights=twin --set train.steps=2 --set train.batch_size=2 --set train.warmup=1 "
+    "--set data.tile=56 --set infer.tile=56 --set infer.overlap=14"
+)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def workplace(made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the README takes for granted: DATA, image.png."""
+    shutil.copytree(made_data, tmp_path / "DATA")
+    image = np.full((60, 80, 3), 220, np.uint8)
+    PIL.Image.fromarray(image).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_commands_run(workplace: Path) -> None:
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("celltyper ")]
+    assert [c[1] for c in commands] == ["train", "train", "infer", "eval", "eval"]
+    shutil.rmtree(workplace / "DATA" / "val")
+    for command in commands:
+        extra = shlex.split(TINY) if command[1] == "train" else []
+        if "--pred" in command:
+            shutil.rmtree(workplace / "out")
+            main_exits(["infer", "DATA/test", "-m", "run", "-o", "out", "--mpp", "0.5"])
+        main_exits([*command[1:], *extra])
+    assert (workplace / "out" / "report.html").is_file()
+    assert (workplace / "run" / "eval" / "report.html").is_file()
+
+
+def main_exits(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0, arguments
+
+
+def test_python_blocks_run_one_after_the_other(
+    workplace: Path, tiny: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny(workplace / "DATA"), workplace / "run", device="cpu", progress=False)
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("Estimate(value=")
+    assert load_model(workplace / "run").classes == ("blue", "brown")
+
+
+def test_every_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_mentioned_options_exist() -> None:
+    shown = set(re.findall(r"(--[a-z][a-z-]+)", " ".join(blocks("bash"))))
+    known = {o for command in cli.commands.values() for p in command.params for o in p.opts}
+    assert shown <= known
