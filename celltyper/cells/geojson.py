@@ -1,4 +1,4 @@
-"""Cells as GeoJSON that QuPath 0.5 and 0.6 open by drag and drop, one Feature per cell.
+"""Cells as GeoJSON by the rules of QuPath's reader (0.5, 0.6), one Feature per cell.
 
 QuPath reads ``objectType``, ``classification`` with ``name`` and ``color``, and ``measurements``
 as a map from name to number (since 0.4; see ``QuPathTypeAdapters`` in its source).
