@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,14 +74,20 @@ def train(
     from celltyper.config import load_config
     from celltyper.training import train as run
 
-    folder = run(
-        load_config(config, overrides),
-        output,
-        device=device,
-        resume=resume,
-        overwrite=overwrite,
-        progress=not quiet,
-    )
+    try:
+        folder = run(
+            load_config(config, overrides),
+            output,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            progress=not quiet,
+        )
+    except KeyboardInterrupt:
+        words = ["celltyper", "train", config, "-o", str(output)]
+        words += [word for o in overrides for word in ("--set", o)]
+        hint = f"; go on with: {shlex.join([*words, '--resume'])}" if output.is_dir() else ""
+        raise KeyboardInterrupt(f"stopped{hint}") from None
     _say(quiet, f"run: {folder}")
 
 
@@ -247,23 +254,39 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
-        error.show()
+        _show(error)
         code = 2
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped", err=True)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        # click raises its Abort from the KeyboardInterrupt, which may say how to go on.
+        click.echo(f"celltyper: {stop.__cause__ or stop or 'stopped'}", err=True)
         code = 130
     except CelltyperError as error:
         if debug:
             raise
         click.echo(f"celltyper: {error}", err=True)
         code = error.exit_code
-    except (OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:
         if debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        click.echo(f"celltyper: {text} (--debug shows where)", err=True)
+        text = " ".join(str(error).split())
+        kind = type(error).__name__
+        # A user knows what "No space left on device" means, but not what "'a'" of a KeyError does.
+        known = text and isinstance(error, OSError | RuntimeError)
+        text = text if known else f"{kind}: {text}".rstrip(": ")
+        click.echo(f"celltyper: {text} (celltyper --debug shows where)", err=True)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show(error: click.ClickException) -> None:
+    """Print a wrong option as one line; a command without arguments prints its help."""
+    text = error.format_message()
+    if "\n" in text:
+        error.show()
+        return
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "celltyper"
+    click.echo(f"celltyper: {text.rstrip('.')} (see {command} --help)", err=True)
 
 
 def _log(quiet: bool) -> None:

@@ -7,7 +7,10 @@ working resolution and the fingerprint of the encoder it belongs to. Nothing is 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -202,7 +205,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """Write tensors and a JSON header as one safetensors file, atomically."""
     own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(own, temporary, metadata={"celltyper": json.dumps(header)})
+        try:
+            save_file(own, temporary, metadata={"celltyper": json.dumps(header)})
+        except SafetensorError as error:
+            # It hides the system's error in its text, so a full disk would look like a bad file.
+            found = re.search(r"(?:os error|code:) (\d+)", str(error))
+            code = int(found[1]) if found else errno.EIO
+            raise OSError(code, os.strerror(code)) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -220,5 +229,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, dict(json.loads(metadata["celltyper"]))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged or was not written by celltyper ({one_line(error)})"
+            f"{path} is damaged or was not written by celltyper ({one_line(error)}); "
+            "give another file, or train again with --overwrite"
         ) from error

@@ -54,7 +54,7 @@ class Encoder(Section):
 class Decoder(Section):
     """Which decoder; ``options`` go to its constructor."""
 
-    name: str = "unetr"
+    name: str = "dpt"
     options: dict[str, Any] = {}
 
 

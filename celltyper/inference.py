@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
+import zipfile
+import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,12 @@ from celltyper.cells.geojson import write_geojson
 from celltyper.cells.outlines import outlines
 from celltyper.cells.table import cells_table, concat_cells, write_csv, write_parquet
 from celltyper.checkpoints import load_model
+from celltyper.config import one_line
 from celltyper.datasets import read_image
 from celltyper.errors import ConfigError, DataError
 from celltyper.labels import mean_in_labels
 from celltyper.models import CellTyper
-from celltyper.predict import autocast, pick_device, predict_image
+from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.report.overlay import save_overlay
 from celltyper.types import Image, Prediction
 
@@ -99,11 +103,12 @@ def infer(
         raise ConfigError(
             f"{output} already holds results of infer; pass --overwrite or another folder"
         )
+    check_mpp(mpp)
     place = pick_device(device)
     autocast(place, precision)
     model = load_model(run, device=place, encoder_weights=encoder_weights, allow_code=allow_code)
+    new = not output.exists()
     make_folder(output)
-    (output / INDEX_FILE).unlink(missing_ok=True)
     entries: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     tables = []
@@ -125,7 +130,7 @@ def infer(
                 prediction = predict_image(
                     model,
                     image,
-                    mpp or own_mpp,
+                    own_mpp if mpp is None else mpp,
                     batch_size=batch_size,
                     precision=precision,
                     name=name,
@@ -133,10 +138,15 @@ def infer(
                 )
             except DataError as error:
                 if len(paths) == 1:
+                    if new:
+                        with suppress(OSError):
+                            output.rmdir()
                     raise
                 logger.warning("skipped: %s", error)
                 failed.append({"image": str(path), "error": str(error)})
                 continue
+            # From the first write on, the folder counts as unfinished until the index is there.
+            (output / INDEX_FILE).unlink(missing_ok=True)
             tables.append(write_prediction(folder, image, prediction, model))
             entries.append(
                 {
@@ -259,19 +269,37 @@ def read_predictions(folder: str | Path) -> list[Prediction]:
         If the folder or one of its files is missing or damaged.
     """
     folder = Path(folder)
-    index = folder / INDEX_FILE
+    facts = read_index(folder)
+    return [_read_prediction(folder / e["folder"] / LABELS_FILE, e, facts) for e in facts["images"]]
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """Read what ``infer.json`` says about the results in a folder.
+
+    Raises
+    ------
+    DataError
+        If it is missing or damaged.
+    """
+    index = Path(folder) / INDEX_FILE
     if not index.is_file():
         raise DataError(f"no {INDEX_FILE} in {folder}: give a folder that 'celltyper infer' wrote")
-    facts = json.loads(index.read_text(encoding="utf-8"))
-    return [_read_prediction(folder / e["folder"] / LABELS_FILE, e, facts) for e in facts["images"]]
+    try:
+        facts = json.loads(index.read_text(encoding="utf-8"))
+        missing = {"images", "classes", "colors", "model"} - facts.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{index} is damaged ({one_line(error)}); run infer again") from error
+    if missing:
+        raise DataError(f"{index} lacks {', '.join(sorted(missing))}; run infer again")
+    return dict(facts)
 
 
 def _read_prediction(path: Path, entry: dict[str, Any], facts: dict[str, Any]) -> Prediction:
     try:
         with np.load(path) as arrays:
             labels, quantised = arrays["inst"], arrays["prob"]
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); run infer again") from error
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({one_line(error)}); run infer again") from error
     probabilities = quantised.astype(np.float32) / 255
     return Prediction(
         labels=labels,

@@ -52,7 +52,7 @@ class CellTyper(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        decoder: str | type[nn.Module] | nn.Module = "unetr",
+        decoder: str | type[nn.Module] | nn.Module = "dpt",
         classes: Sequence[str] = ("nucleus",),
         instances: str | InstanceMethod = "hv",
         *,

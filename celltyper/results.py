@@ -22,11 +22,11 @@ from celltyper.checkpoints import load_model
 from celltyper.datasets import Dataset, open_dataset
 from celltyper.errors import ConfigError, DataError
 from celltyper.evaluation import SCORES, Estimate, ImageScores, Summary, evaluate, summarise
-from celltyper.inference import INDEX_FILE, read_predictions
+from celltyper.inference import INDEX_FILE, read_index, read_predictions
 from celltyper.labels import label_ids, mean_in_labels
 from celltyper.metrics.calibration import reliability_table
 from celltyper.models import CellTyper
-from celltyper.predict import pick_device, predict_image
+from celltyper.predict import check_mpp, pick_device, predict_image
 from celltyper.report.data import Metric, Reliability, Report, ReportImage, Table
 from celltyper.report.html import write_report
 from celltyper.runs import CONFIG_FILE, HISTORY_FILE, RUN_FILE
@@ -93,6 +93,7 @@ def evaluate_run(
         For wrong input, before anything is written.
     """
     run = Path(run)
+    check_mpp(mpp)
     folder = _free(
         Path(output) if output else (run if run.is_dir() else run.parent) / "eval", overwrite
     )
@@ -145,7 +146,7 @@ def evaluate_predictions(
     dataset = open_dataset(ref)
     facts: dict[str, Any] = {}
     if (Path(pred) / INDEX_FILE).is_file():
-        facts = json.loads((Path(pred) / INDEX_FILE).read_text(encoding="utf-8"))
+        facts = read_index(pred)
         predictions = read_predictions(pred)
     else:
         foreign = open_dataset(pred)
@@ -300,6 +301,8 @@ def notice_of(dataset: Dataset) -> str:
 
 
 def _free(folder: Path, overwrite: bool) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder for the evaluation with -o")
     if (folder / METRICS_FILE).exists() and not overwrite:
         raise ConfigError(
             f"{folder} already holds an evaluation; pass --overwrite or another folder with -o"
