@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from celltyper import testing
+    from celltyper.cells.table import cells_table
     from celltyper.checkpoints import load_model
     from celltyper.config import load_config
     from celltyper.datasets import open_dataset, read_image
@@ -28,6 +29,7 @@ _PUBLIC = {
     "CellTyper": "models",
     "Prediction": "types",
     "Sample": "types",
+    "cells_table": "cells.table",
     "evaluate": "evaluation",
     "infer": "inference",
     "load_config": "config",
@@ -43,6 +45,7 @@ __all__ = [
     "CellTyper",
     "Prediction",
     "Sample",
+    "cells_table",
     "evaluate",
     "infer",
     "load_config",

@@ -96,9 +96,19 @@ def train(
 @click.option("-m", "--model", type=PATH, required=True, help="Run folder or checkpoint.")
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
 @click.option("--mpp", type=float, help="Micrometres per pixel of the images.")
-@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
 @click.option(
-    "--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "fp16"])
+    "--batch-size",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Tiles per forward pass.",
+)
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Mixed precision, for GPUs.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace earlier results in the folder.")
 @trusting
@@ -147,7 +157,13 @@ def infer(
 @click.option("--ref", type=PATH, help="Annotated images.")
 @click.option("-o", "--output", type=PATH, help="Folder to write.  [default: RUN/eval or PRED]")
 @click.option("--mpp", type=float, help="Micrometres per pixel, if the data state none.")
-@click.option("--resamples", default=1000, show_default=True, type=click.IntRange(0))
+@click.option(
+    "--resamples",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Bootstrap resamples of the intervals.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier evaluation.")
 @trusting
 @common
@@ -204,7 +220,14 @@ def evaluate(
 
 
 @cli.command()
-@click.option("-o", "--output", type=PATH, default=Path("demo"), show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    default=Path("demo"),
+    show_default=True,
+    help="Folder to write.",
+)
 @click.option("--data", type=PATH, help="Own annotated images instead of the sample.")
 @click.option("--quick", is_flag=True, help="A tenth of the training, to see it run.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo in the folder.")
@@ -258,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = 2
     except (click.Abort, KeyboardInterrupt) as stop:
         # click raises its Abort from the KeyboardInterrupt, which may say how to go on.
-        click.echo(f"celltyper: {stop.__cause__ or stop or 'stopped'}", err=True)
+        click.echo(f"celltyper: {str(stop.__cause__ or stop) or 'stopped'}", err=True)
         code = 130
     except CelltyperError as error:
         if debug:

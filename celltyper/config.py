@@ -19,7 +19,11 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """Where the annotated images are and how training tiles are drawn from them."""
+    """Where the annotated images are and how training tiles are drawn from them.
+
+    ``mpp`` is the resolution the model works at: images of another one are rescaled, images of
+    unknown resolution are taken to have it. By default it is that of the training images.
+    """
 
     root: Path | None = None
     reader: Literal["auto", "folder", "masks"] = "auto"

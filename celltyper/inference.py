@@ -224,10 +224,11 @@ def write_prediction(
     make_folder(folder)
     found = outlines(prediction.labels)
     table = cells_table(prediction, image=prediction.name or None, found=found)
-    pixels = prediction.phenotypes[prediction.labels]
     quantised = np.rint(prediction.probabilities * 255).astype(np.uint8)
     with atomic_path(folder / LABELS_FILE) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, inst=prediction.labels, type=pixels, prob=quantised)
+        np.savez_compressed(
+            file, inst=prediction.labels, type=prediction.phenotype_map, prob=quantised
+        )
     save_overlay(
         folder / "overlay.png",
         image,

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_json, write_text
-from celltyper.cells.colors import default_colors
 from celltyper.checkpoints import load_model
 from celltyper.datasets import Dataset, open_dataset
 from celltyper.errors import ConfigError, DataError
-from celltyper.evaluation import SCORES, Estimate, ImageScores, Summary, evaluate, summarise
+from celltyper.evaluation import SCORES, Estimate, Summary, evaluate
 from celltyper.inference import INDEX_FILE, read_index, read_predictions
 from celltyper.labels import label_ids, mean_in_labels
-from celltyper.metrics.calibration import reliability_table
 from celltyper.models import CellTyper
 from celltyper.predict import check_mpp, pick_device, predict_image
-from celltyper.report.data import Metric, Reliability, Report, ReportImage, Table
 from celltyper.report.html import write_report
-from celltyper.runs import CONFIG_FILE, HISTORY_FILE, RUN_FILE
+from celltyper.reporting import image_scores, make_report, notice_of
 from celltyper.types import Prediction, Sample
 
 METRICS_FILE = "metrics.json"
@@ -46,7 +41,6 @@ HEADLINES = (
     "aji",
 )
 PER_CLASS = ("f1", "typed_f1", "typed_f1_iou", "pq", "count_r2")
-SHOWN_IMAGES = 12
 
 
 def evaluate_run(
@@ -183,15 +177,21 @@ def write_evaluation(
     make_folder(folder)
     write_json(folder / METRICS_FILE, metrics_json(summary, dataset))
     rows = [
-        [name, *(_cell(e) for key in (*PER_CLASS, "reference", "predicted") for e in [row[key]])]
+        [name, *(_digits(row[key].value) for key in (*PER_CLASS, "reference", "predicted"))]
         for name, row in summary.per_class.items()
     ]
     _write_csv(folder / "per_class.csv", ["class", *PER_CLASS, "reference", "predicted"], rows)
     images = [
-        [i.name, i.group, len(i.true), len(i.guess), *(f"{v:.6g}" for v in _of_image(i).values())]
+        [
+            i.name,
+            i.group,
+            len(i.true),
+            len(i.guess),
+            *(f"{v:.6g}" for v in image_scores(i).values()),
+        ]
         for i in summary.images
     ]
-    scores = list(_of_image(summary.images[0]))
+    scores = list(image_scores(summary.images[0]))
     _write_csv(
         folder / "per_image.csv", ["image", "group", "reference", "predicted", *scores], images
     )
@@ -247,59 +247,6 @@ def summary_text(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def make_report(
-    summary: Summary, predictions: Sequence[Prediction], dataset: Dataset, run: Path | None
-) -> Report:
-    """Collect what the report shows.
-
-    Parameters
-    ----------
-    summary : Summary
-    predictions : sequence of Prediction
-    dataset : Dataset
-    run : Path or None
-        Run folder, if there is one.
-
-    Returns
-    -------
-    Report
-    """
-    by_name = {p.name: p for p in predictions}
-    worst = sorted(summary.images, key=lambda i: _of_image(i)["bpq"])[:SHOWN_IMAGES]
-    colors = predictions[0].colors or dataset.colours or default_colors(summary.classes)
-    known = [i.true > 0 for i in summary.images]
-    confidence = np.concatenate(
-        [i.confidence[k] for i, k in zip(summary.images, known, strict=True)]
-    )
-    truth = np.concatenate([i.true[k] for i, k in zip(summary.images, known, strict=True)])
-    facts = _json(run / RUN_FILE) if run else {}
-    return Report(
-        title=f"celltyper evaluation: {dataset.name}",
-        classes=summary.classes,
-        colors=colors,
-        notice=notice_of(dataset),
-        warnings=_warnings(summary),
-        metrics=[_metric(name, summary.scores[name], SCORES[name]) for name in SCORES],
-        interval=f"95 % interval, bootstrap over {summary.clusters}",
-        per_class=_class_table(summary),
-        confusion=summary.pairs,
-        confusion_rule="predicted cells and annotated nuclei paired by centroid within 3 um",
-        reliability=_reliability(confidence, truth, summary.calibration_error),
-        history=_history(run / HISTORY_FILE) if run else {},
-        images=[_report_image(dataset[i.name], by_name[i.name], i) for i in worst],
-        worst_by="bPQ",
-        facts=_facts_text(facts, dataset),
-        config=(run / CONFIG_FILE).read_text("utf-8")
-        if run and (run / CONFIG_FILE).is_file()
-        else "",
-    )
-
-
-def notice_of(dataset: Dataset) -> str:
-    """Read from ``meta.json`` what every reader must know (``note``); may be empty."""
-    return str(_json(dataset.path / "meta.json").get("note", ""))
-
-
 def _free(folder: Path, overwrite: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a folder for the evaluation with -o")
@@ -349,13 +296,6 @@ def _certain(sample: Sample, classes: Sequence[str]) -> Prediction:
     )
 
 
-def _of_image(image: ImageScores) -> dict[str, float]:
-    """Scores of one image for the table and the order of the report."""
-    classes = [str(k) for k in range(1, image.confidence.shape[1])]
-    one = summarise([image], classes, resamples=0).scores
-    return {name: one[name].value for name in ("macro_f1", "detection_f1", "bpq", "mpq", "aji")}
-
-
 def _interval(estimate: Estimate) -> dict[str, float | None]:
     return {key: _known(getattr(estimate, key)) for key in ("value", "low", "high")}
 
@@ -363,103 +303,6 @@ def _interval(estimate: Estimate) -> dict[str, float | None]:
 def _known(value: float) -> float | None:
     """JSON has no NaN: what could not be computed is null."""
     return value if math.isfinite(value) else None
-
-
-def _metric(name: str, estimate: Estimate, rule: str = "") -> Metric:
-    return Metric(name, estimate.value, estimate.low, estimate.high, rule)
-
-
-def _class_table(summary: Summary) -> Table:
-    columns = {
-        "f1": "F1 (reference)",
-        "typed_f1": "F_c (3 µm)",
-        "typed_f1_iou": "F1 (IoU ≥ 0.5)",
-        "pq": "PQ",
-        "count_r2": "count R2",
-    }
-    rows: list[list[Any]] = []
-    for name, row in summary.per_class.items():
-        cells = [_metric(columns[key], row[key]) for key in columns]
-        counts = [int(row[key].value) for key in ("reference", "predicted")]
-        rows.append([name, *cells, *counts])
-    return Table(["class", *columns.values(), "annotated", "predicted"], rows)
-
-
-def _reliability(
-    confidence: NDArray[np.float32], truth: NDArray[np.intp], error: float
-) -> Reliability | None:
-    if not len(truth):
-        return None
-    table = reliability_table(confidence, truth)
-    return Reliability(
-        table.confidence,
-        table.accuracy,
-        table.cells,
-        error,
-        "annotated nuclei, largest mean probability against being right",
-    )
-
-
-def _report_image(sample: Sample, prediction: Prediction, scores: ImageScores) -> ReportImage:
-    values = _of_image(scores)
-    return ReportImage(
-        name=sample.name,
-        image=sample.image,
-        labels=prediction.labels,
-        phenotypes=prediction.phenotypes,
-        ref_labels=sample.labels,
-        ref_phenotypes=sample.phenotypes,
-        scores={"bPQ": values["bpq"], "macro F1": values["macro_f1"]},
-        mpp=prediction.mpp,
-    )
-
-
-def _warnings(summary: Summary) -> list[str]:
-    absent = [n for n, row in summary.per_class.items() if not row["reference"].value]
-    found = []
-    if absent:
-        found.append(f"not annotated in these images: {', '.join(absent)}")
-    if "blocks" in summary.clusters:
-        found.append(
-            f"intervals resample {summary.clusters}; they say how sure the figures are for these "
-            "images, not for other patients"
-        )
-    return found
-
-
-def _facts_text(facts: Mapping[str, Any], dataset: Dataset) -> dict[str, str]:
-    shown: dict[str, str] = {
-        "evaluated on": f"{dataset.name}, {len(dataset)} images",
-        "celltyper": __version__,
-    }
-    for key in ("device", "torch", "python", "seed", "steps", "best_step", "seconds"):
-        if key in facts:
-            shown[key.replace("_", " ")] = str(facts[key])
-    if "parameters" in facts:
-        shown["parameters"] = f"{facts['parameters']:,} ({facts['trainable_parameters']:,} trained)"
-    if "trainability" in facts:
-        kept = facts["trainability"]
-        shown["trainability"] = (
-            f"{kept['adapt']}, checked by hashes: changed {', '.join(kept['changed'])}; "
-            f"unchanged {', '.join(kept['unchanged']) or 'none'}"
-        )
-    for part, data in facts.get("data", {}).items():
-        cells = ", ".join(f"{n} {count}" for n, count in data["cells"].items())
-        shown[f"{part} data"] = f"{data['images']} images, cells: {cells}"
-    return shown
-
-
-def _history(path: Path) -> dict[str, list[float | None]]:
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    shown = ("step", "loss", "macro_f1", "detection_f1", "bpq")
-    return {key: [float(row[key]) for row in rows] for key in shown if rows and key in rows[0]}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -470,8 +313,8 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
     write_text(path, text.getvalue())
 
 
-def _cell(estimate: Estimate) -> str:
-    return "" if math.isnan(estimate.value) else f"{estimate.value:.6g}"
+def _digits(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def _short(value: float) -> str:

@@ -111,7 +111,13 @@ def train(
         raise ConfigError(f"train.metric {config.train.metric!r} is unknown: {', '.join(SCORES)}")
     train_data, val_data = training_data(config.data, config.seed)
     config = _resolved(config, train_data)
-    check_output(output, config, resume=resume, overwrite=overwrite)
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+        gradient_accumulation_steps=config.train.accumulate,
+        cpu=place.type == "cpu",
+    )
+    if accelerator.is_main_process:
+        check_output(output, config, resume=resume, overwrite=overwrite)
     model = build_model(config, train_data.classes, config.data.mpp, train_data.colours)
     samples = [_at_mpp(sample, config.data.mpp) for sample in train_data]
     sampler = TileSampler(
@@ -119,6 +125,7 @@ def train(
     )
     state = Progress(digest=parameter_digest(model))
     tensors: dict[str, Tensor] = {}
+    accelerator.wait_for_everyone()
     resume = resume and (output / LAST_FILE).is_file()
     if resume:
         tensors, header = read_tensors(output / LAST_FILE)
@@ -126,12 +133,9 @@ def train(
         if state.finished:
             logger.info("%s is finished: nothing to resume", output)
             return output
-    start_folder(output, config, keep=resume)
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
-        gradient_accumulation_steps=config.train.accumulate,
-        cpu=place.type == "cpu",
-    )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        start_folder(output, config, keep=resume)
     model.to(accelerator.device)
     pixels = np.pad(sampler.pixels, (0, len(model.classes) + 1 - len(sampler.pixels)))
     loop = _Loop(config, model, accelerator, class_weights(config.loss, pixels))
@@ -166,6 +170,8 @@ def _run(
             num_workers=config.data.workers,
         )
     )
+    if _waited(state) >= (settings.patience or math.inf):
+        return
     started = time.monotonic() - state.seconds
     losses: list[float] = []
     bar = tqdm(
@@ -311,6 +317,9 @@ class _Loop:
                 k: v.to(self.accelerator.device) for k, v in _part(tensors, "average.").items()
             }
         restore_optimizer(self.optimizer, tensors)
+        if self.accelerator.scaler is not None:
+            scaler = _part(tensors, "scaler.").items()
+            self.accelerator.scaler.load_state_dict({k: v.item() for k, v in scaler})
 
     def step(self, batch: dict[str, Tensor], step: int) -> float:
         """One forward and backward pass; the optimiser steps when enough are accumulated."""
@@ -347,7 +356,7 @@ class _Loop:
             prediction = predict_image(
                 self.bare,
                 sample.image,
-                sample.mpp or data.mpp,
+                sample.mpp or data.mpp or self.bare.mpp,
                 batch_size=infer.batch_size,
                 precision=self.config.train.precision,
                 name=sample.name,
@@ -366,6 +375,9 @@ class _Loop:
         if self.average:
             tensors |= {f"average.{k}": v for k, v in self.average.state.items()}
         tensors |= optimizer_tensors(self.optimizer)
+        if self.accelerator.scaler is not None:
+            scaler = self.accelerator.scaler.state_dict()
+            tensors |= {f"scaler.{k}": torch.as_tensor(v) for k, v in scaler.items()}
         write_tensors(output / LAST_FILE, tensors, {"progress": asdict(state)})
 
     @torch.no_grad()
@@ -381,8 +393,12 @@ def _record(state: Progress, row: dict[str, float], train: Train, *, last: bool)
     # A score that cannot be computed yet (no cell found) must not block the first checkpoint.
     if (math.isfinite(score) and score > state.best) or not state.best_step:
         state.best, state.best_step = (score if math.isfinite(score) else -math.inf), state.step
-    waited = sum(past["step"] > state.best_step for past in state.history)
-    return not last and train.patience is not None and waited >= train.patience
+    return not last and _waited(state) >= (train.patience or math.inf)
+
+
+def _waited(state: Progress) -> int:
+    """Validations since the best one."""
+    return sum(past["step"] > state.best_step for past in state.history)
 
 
 def class_weights(loss: Loss, counts: NDArray[np.int64]) -> NDArray[np.float64] | None:

@@ -151,6 +151,8 @@ class Prediction:
         Micrometres per pixel of the image.
     name : str
         Name of the image.
+    colors : tuple of str
+        ``#rrggbb`` per phenotype; empty if the model has none of its own.
     """
 
     labels: Labels
@@ -166,6 +168,11 @@ class Prediction:
         """Most probable foreground class (1..K) of every cell, as lookup table over labels."""
         best = 1 + self.cell_probabilities[:, 1:].argmax(axis=1) if len(self) else []
         return np.concatenate([[0], best]).astype(np.uint8)
+
+    @property
+    def phenotype_map(self) -> NDArray[np.uint8]:
+        """Phenotype (1..K) of the cell at every pixel, (H, W) uint8, 0 outside cells."""
+        return self.phenotypes[self.labels]
 
     def __len__(self) -> int:
         return len(self.cell_probabilities)

@@ -15,7 +15,7 @@ LAYERS = [
     {"__main__", "testing"},
     {"demo"},
     {"results"},
-    {"training", "inference"},
+    {"training", "inference", "reporting"},
     {"evaluation", "predict", "objective", "runs"},
     {"checkpoints", "optim"},
     {"models"},
