@@ -297,7 +297,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 def _read_prediction(path: Path, entry: dict[str, Any], facts: dict[str, Any]) -> Prediction:
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             labels, quantised = arrays["inst"], arrays["prob"]
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({one_line(error)}); run infer again") from error

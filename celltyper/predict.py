@@ -241,7 +241,8 @@ def rescale(image: Image, factor: float) -> Image:
     if abs(factor - 1) < SAME_MPP:
         return image
     shape = [max(1, round(side * factor)) for side in image.shape[:2]]
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    # Pillow's arrays are read-only, of which torch would warn the user.
+    pixels = torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)[None].float()
     out = F.interpolate(pixels, shape, mode="bilinear", align_corners=False, antialias=True)
     return out[0].round_().clamp_(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
 
