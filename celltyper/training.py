@@ -120,6 +120,8 @@ def train(
         check_output(output, config, resume=resume, overwrite=overwrite)
     model = build_model(config, train_data.classes, config.data.mpp, train_data.colours)
     samples = [_at_mpp(sample, config.data.mpp) for sample in train_data]
+    for _ in val_data:  # wrong labels are found here, not at the first validation
+        pass
     sampler = TileSampler(
         samples, round(SURROUND * config.data.tile), config.data.balance, config.seed
     )

@@ -1,4 +1,4 @@
-"""Wrong input, full disks and interruptions: one line, the right exit code, nothing half-written."""
+"""Wrong input, full disk, interruption: one line, the exit code, nothing half-written."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ def deep(image: Path, path: Path) -> Path:
 
 def floating(image: Path, path: Path) -> Path:
     path = path.with_suffix(".tif")
-    tifffile.imwrite(path, np.asarray(PillowImage.open(image)).astype(np.float32))
+    tifffile.imwrite(
+        path, np.asarray(PillowImage.open(image)).astype(np.float32), photometric="rgb"
+    )
     return path
 
 
@@ -285,7 +287,8 @@ def test_no_cells_is_a_valid_result(
     assert len(rows) == 1
     collection = json.loads((out / "cells.geojson").read_text())
     assert collection == {"type": "FeatureCollection", "features": []}
-    assert PillowImage.open(out / "overlay.png").size[0] >= 80
+    with PillowImage.open(out / "overlay.png") as overlay:
+        assert overlay.width >= 80
 
     outcome = celltyper_command("eval", run, data / "test", "--resamples", 20)
     assert outcome.code == 0, outcome
@@ -370,7 +373,6 @@ def test_wrong_labels(
             else ("train", recipe, "-o", tmp_path / "out", "--set", f"data.root={data}")
         )
         assert_refused(celltyper_command(*command), tmp_path, before, path, said)
-        spoil(data / part, lambda arrays: None)
         shutil.rmtree(data / part)
         shutil.copytree(recipe_data(recipe) / part, data / part)
 
@@ -420,7 +422,7 @@ def test_data_that_are_not_there(
         ("decoder.name=unter", "unknown decoder 'unter'; did you mean 'unetr'?"),
         ("decoder.name=no_such_package:Decoder", "no_such_package"),
         ("decoder.options={widht: 8}", "unknown option of decoder 'linear' 'widht'"),
-        ("instances.method=hw", "unknown instance method 'hw'; did you mean 'hv'?"),
+        ("instances.method=hw", "unknown instance method 'hw' (known: distance, hv)"),
         ("instances.options={treshold: 1}", "did you mean 'threshold'?"),
         ("loss.class_weights=efective", "loss.class_weights: input should be 'none'"),
         ("train.metric=f2", "train.metric 'f2' is unknown: macro_f1"),
@@ -462,7 +464,7 @@ def test_wrong_recipe(tmp_path: Path, celltyper_command: Run) -> None:
         (("--device", "cuda:9"), "device 'cuda:9' is not available here"),
         (("--device", "gpu"), "device 'gpu' is not available here"),
         (("--precision", "fp8"), "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),
-        (("--precison", "fp16"), "No such option: --precison"),
+        (("--precison", "fp16"), "--precison"),
         (("-m", "nowhere"), "no model at nowhere: give a run folder"),
         (("--encoder-weights",), "requires an argument"),
     ],
@@ -732,7 +734,7 @@ def test_checkpoint_that_does_not_fit(
     elif kind == "format":
         header["format"] = 99
     elif kind == "encoder":
-        header["config"]["encoder"]["name"] = "vit_small_patch16"
+        header["config"]["encoder"]["name"] = "vit_small_patch14_dinov2"
     write_tensors(file, tensors, header)
     if kind == "elsewhere":
         save_file(load_file(file), file)
