@@ -6,6 +6,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ class Progress:
     finished: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     digest: dict[str, str] = field(default_factory=dict)
+
+
+def check_log(log: str) -> None:
+    """Refuse a log whose package is not installed, before anything is trained."""
+    if log == "tensorboard" and find_spec("tensorboard") is None:
+        raise ConfigError(
+            "train.log=tensorboard needs the package tensorboard: "
+            "pip install 'celltyper[tensorboard]', or use train.log=csv"
+        )
 
 
 def check_output(output: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
@@ -92,13 +102,8 @@ def write_history(output: Path, history: Sequence[Mapping[str, float]], log: str
     rows = [",".join(f"{row[c]:.6g}" for c in columns) for row in history]
     write_text(output / HISTORY_FILE, "\n".join([",".join(columns), *rows]) + "\n")
     if log == "tensorboard" and history:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(
-                "train.log=tensorboard needs the package tensorboard: "
-                "pip install 'celltyper[tensorboard]', or use train.log=csv"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         with SummaryWriter(str(output / "tensorboard")) as writer:
             for name, value in history[-1].items():
                 writer.add_scalar(name, value, int(history[-1]["step"]))

@@ -51,6 +51,7 @@ from celltyper.runs import (
     LAST_FILE,
     RUN_FILE,
     Progress,
+    check_log,
     check_output,
     run_facts,
     start_folder,
@@ -109,6 +110,7 @@ def train(
     autocast(place, config.train.precision)
     if config.train.metric not in SCORES:
         raise ConfigError(f"train.metric {config.train.metric!r} is unknown: {', '.join(SCORES)}")
+    check_log(config.train.log)
     train_data, val_data = training_data(config.data, config.seed)
     config = _resolved(config, train_data)
     accelerator = Accelerator(

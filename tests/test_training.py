@@ -209,14 +209,16 @@ def test_folder_of_another_run_is_left_alone(tiny: Tiny, made_data: Path, tmp_pa
 
 
 def test_wrong_input_is_refused_before_anything_is_written(
-    tiny: Tiny, made_data: Path, tmp_path: Path
+    tiny: Tiny, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("celltyper.runs.find_spec", lambda name: None)
     for config, said in (
         (Config(), "data.root is not set"),
         (tiny(made_data, "train.metric=f2"), "train.metric 'f2' is unknown: macro_f1"),
         (tiny(made_data, "decoder.name=unter"), "unknown decoder 'unter'"),
         (tiny(made_data, "encoder.name=unni"), "unknown encoder 'unni'"),
         (tiny(made_data, "instances.method=hw"), "unknown instance method 'hw'"),
+        (tiny(made_data, "train.log=tensorboard"), "needs the package tensorboard"),
         (tiny(made_data, "train.precision=fp16"), "fp16 is not supported by this CPU"),
     ):
         with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
