@@ -247,7 +247,7 @@ def write_prediction(
 
 
 def colors_of(model: CellTyper) -> tuple[str, ...]:
-    """Colours of the model's phenotypes, its own or the defaults by name."""
+    """Colors of the model's phenotypes, its own or the defaults by name."""
     return model.colors or default_colors(model.classes)
 
 

@@ -43,7 +43,7 @@ def make_report(
     """
     by_name = {p.name: p for p in predictions}
     worst = sorted(summary.images, key=lambda i: image_scores(i)["bpq"])[:SHOWN_IMAGES]
-    colors = predictions[0].colors or dataset.colours or default_colors(summary.classes)
+    colors = predictions[0].colors or dataset.colors or default_colors(summary.classes)
     known = [i.true > 0 for i in summary.images]
     confidence = np.concatenate(
         [i.confidence[k] for i, k in zip(summary.images, known, strict=True)]

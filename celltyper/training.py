@@ -120,7 +120,7 @@ def train(
     )
     if accelerator.is_main_process:
         check_output(output, config, resume=resume, overwrite=overwrite)
-    model = build_model(config, train_data.classes, config.data.mpp, train_data.colours)
+    model = build_model(config, train_data.classes, config.data.mpp, train_data.colors)
     samples = [_at_mpp(sample, config.data.mpp) for sample in train_data]
     for _ in val_data:  # wrong labels are found here, not at the first validation
         pass

@@ -1,4 +1,4 @@
-"""Train, predict and evaluate from Python: ``python train_and_evaluate.py DATA RUN [KEY=VALUE ...]``.
+"""Train and evaluate: ``python train_and_evaluate.py DATA RUN [KEY=VALUE ...]``.
 
 DATA holds ``train``, ``val`` and ``test``, each a folder with ``images/*.png``, ``labels/*.npz``
 (``inst`` and ``type``) and ``meta.json``.

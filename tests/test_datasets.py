@@ -222,8 +222,8 @@ def test_hidden_files_are_passed_over(folder: Path) -> None:
             "group 'p1' .* is in both splits 'train' and 'test'",
         ),
         ({"groups": {"z": "p1"}}, "gives groups for 'z'"),
-        ({"classes": ["a"], "colours": {"a": "red"}}, "colour 'red' is not of the form"),
-        ({"classes": ["a"], "colours": {"b": "#ff0000"}}, "'colours' must give"),
+        ({"classes": ["a"], "colors": {"a": "red"}}, "color 'red' is not of the form"),
+        ({"classes": ["a"], "colors": {"b": "#ff0000"}}, "'colors' must give"),
     ],
 )
 def test_wrong_meta(folder: Path, meta: dict[str, object], message: str) -> None:
@@ -238,18 +238,18 @@ def test_meta_that_is_not_json(folder: Path) -> None:
         read_folder(folder)
 
 
-def test_splits_groups_and_colours(folder: Path) -> None:
+def test_splits_groups_and_colors(folder: Path) -> None:
     _meta(
         folder,
         classes=list(CLASSES),
         splits={"train": ["b"], "test": ["a"]},
         groups={"a": "patient 1"},
-        colours={"immune": "#00ff00", "tumour": "#ff0000"},
+        colors={"immune": "#00ff00", "tumour": "#ff0000"},
     )
     test = open_dataset(folder, split="test")
     assert test.names == ("a",)
     assert test[0].group == "patient 1"
-    assert test.colours == ("#ff0000", "#00ff00")
+    assert test.colors == ("#ff0000", "#00ff00")
     with pytest.raises(DataError, match=r"no split 'val' \(splits in meta.json: train, test\)"):
         open_dataset(folder, split="val")
     with pytest.raises(DataError, match="no image 'z'"):

@@ -383,7 +383,7 @@ def test_cards_are_strict_and_fixed() -> None:
     with pytest.raises(ValidationError):
         card.licence = "mine"  # type: ignore[misc]
     with pytest.raises(ValidationError):
-        type(card)(name="a", timm_name="b", patch_size=16, embed_dim=4, colour="red")  # type: ignore[call-arg]
+        type(card)(name="a", timm_name="b", patch_size=16, embed_dim=4, color="red")  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="unknown encoder 'UNI'"):
         load_card("UNI")
 

@@ -264,7 +264,7 @@ def test_file_is_written_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"colors": ("#00b3ff",)}, "2 classes need as many colours, got 1"),
+        ({"colors": ("#00b3ff",)}, "2 classes need as many colors, got 1"),
         ({"colors": ("red", "#ff2d2d")}, "'red' must be written as '#rrggbb'"),
         ({"confusion": np.zeros((2, 2))}, "must be 3 x 3"),
         ({"per_class": Table(("class", "F1"), (("a",),))}, "1 cells for 2 columns"),
@@ -344,7 +344,7 @@ def test_boundary_by_hand_and_against_skimage() -> None:
     np.testing.assert_array_equal(boundary(noise), find_boundaries(noise, 1, mode="inner"))
 
 
-def test_outlines_take_the_colour_of_the_phenotype() -> None:
+def test_outlines_take_the_color_of_the_phenotype() -> None:
     image = np.full((3, 8, 3), 7, np.uint8)
     labels = np.zeros((3, 8), np.int32)
     labels[:, 0:2], labels[:, 3:5], labels[:, 6:] = 5, 2, 9
@@ -358,7 +358,7 @@ def test_outlines_take_the_colour_of_the_phenotype() -> None:
     large = draw_outlines(image, labels, phenotypes, COLORS, scale=2)
     assert large.shape == (6, 16, 3)
     assert large[0, :6].tolist() == [plain] * 3 + [blue] + [plain] * 2
-    with pytest.raises(DataError, match="class 2, but only 1 colours"):
+    with pytest.raises(DataError, match="class 2, but only 1 colors"):
         draw_outlines(image, labels, phenotypes, COLORS[:1])
 
 
@@ -388,7 +388,7 @@ def test_paths_enclose_the_cells_and_leave_holes_open() -> None:
     assert area == pytest.approx((labels > 0).sum(), rel=0.02)
 
 
-def test_legend_names_every_colour_and_wraps() -> None:
+def test_legend_names_every_color_and_wraps() -> None:
     wide = legend(("a", "b"), COLORS, 600, counts=(3, 4), mpp=0.5)
     narrow = legend(("a", "b"), COLORS, 90, counts=(3, 4), mpp=0.5)
     assert wide.shape[1] == 600

@@ -204,7 +204,7 @@ def test_brightness_contrast_and_saturation_do_what_they_say() -> None:
     assert (np.abs(np.ptp(saturated, axis=2) - np.ptp(image, axis=2)) > 0).any()
 
 
-def test_hue_turns_colours_and_keeps_their_grey() -> None:
+def test_hue_turns_colors_and_keeps_their_grey() -> None:
     image = np.full((4, 4, 3), (190, 100, 160), np.uint8)
     turned = t.color_jitter(image, np.random.default_rng(0), 0, 0, 0, 0.1)
     assert np.abs(_grey(turned) - _grey(image)).max() < 0.6

@@ -1,4 +1,4 @@
-"""Colours of phenotypes."""
+"""Colors of phenotypes."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _KNOWN = (
 def default_colors(
     classes: Sequence[str], overrides: Mapping[str, str] | None = None
 ) -> tuple[str, ...]:
-    """Fixed, colour-blind-safe colours of phenotypes, all different.
+    """Fixed, color-blind-safe colors of phenotypes, all different.
 
-    Names that the field uses have their usual colour (tumour red, inflammatory blue, connective
+    Names that the field uses have their usual color (tumour red, inflammatory blue, connective
     green, dead yellow, other grey); the rest takes what the palette of Okabe and Ito has left,
-    and beyond that hues by the golden angle, which are no longer colour-blind-safe.
+    and beyond that hues by the golden angle, which are no longer color-blind-safe.
 
     Parameters
     ----------
     classes : sequence of str
         Phenotype names.
     overrides : mapping of str to str, optional
-        Colours ``#rrggbb`` by class name, used as they are.
+        Colors ``#rrggbb`` by class name, used as they are.
 
     Returns
     -------
@@ -63,9 +63,9 @@ def default_colors(
     for name, color in overrides.items():
         if name not in classes:
             known = ", ".join(classes)
-            raise ConfigError(f"colour of {name!r}: no such class (classes: {known})")
+            raise ConfigError(f"color of {name!r}: no such class (classes: {known})")
         if not re.fullmatch("#[0-9a-fA-F]{6}", color):
-            raise ConfigError(f"colour of {name!r} must be '#rrggbb', got {color!r}")
+            raise ConfigError(f"color of {name!r} must be '#rrggbb', got {color!r}")
     chosen: dict[int, str] = {
         i: overrides[name].lower() for i, name in enumerate(classes) if name in overrides
     }

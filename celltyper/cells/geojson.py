@@ -51,7 +51,7 @@ def write_geojson(
     found : Outlines
         Outlines of the same cells in the same order.
     colors : mapping of str to str, optional
-        Colours ``#rrggbb`` that differ from `default_colors`, by phenotype.
+        Colors ``#rrggbb`` that differ from `default_colors`, by phenotype.
 
     Raises
     ------

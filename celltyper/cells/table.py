@@ -50,7 +50,7 @@ def cells_table(
         (0.5, 0.5)), ``phenotype`` the most probable foreground class, ``probability`` its mean
         softmax inside the cell (not renormalised without background). Without cells, zero rows
         and the same columns. The schema's metadata has ``geo`` (GeoParquet 1.1) and
-        ``celltyper`` (classes, colours, mpp).
+        ``celltyper`` (classes, colors, mpp).
 
     Raises
     ------

@@ -32,7 +32,7 @@ class Dataset:
         Reads one sample by name. Picklable, so that data-loading workers may carry it.
     splits : mapping of str to tuple of str
         Published splits, sample names by split name.
-    colours : tuple of str
+    colors : tuple of str
         ``#rrggbb`` by class, empty if the dataset states none.
 
     Examples
@@ -51,7 +51,7 @@ class Dataset:
     groups: Mapping[str, str]
     read: Callable[[str], Sample]
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    colours: tuple[str, ...] = ()
+    colors: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -80,7 +80,7 @@ class Dataset:
         Returns
         -------
         Dataset
-            Same classes, colours and resolution; splits are dropped.
+            Same classes, colors and resolution; splits are dropped.
 
         Raises
         ------

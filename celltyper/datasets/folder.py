@@ -38,7 +38,7 @@ def read_folder(path: str | Path) -> Dataset:
     path : str or Path
         Folder with ``images/``, ``labels/`` and, optionally, ``meta.json``: ``classes`` (names in
         order, or ``{"1": name, ...}``), ``mpp``, ``splits`` (``{"train": [stems], ...}``),
-        ``groups`` (``{stem: patient}``; an image without one is its own group), ``colours``
+        ``groups`` (``{stem: patient}``; an image without one is its own group), ``colors``
         (``{class: "#rrggbb"}``), ``name``.
 
     Returns
@@ -73,7 +73,7 @@ def read_folder(path: str | Path) -> Dataset:
         groups=groups,
         read=read,
         splits=meta.splits,
-        colours=meta.colours,
+        colors=meta.colors,
     )
 
 

@@ -51,20 +51,20 @@ def read_image(path: str | Path) -> ImageFile:
     DataError
         If the file is missing, truncated, not an image, holds several pages, is CMYK or
         floating-point, or has more than 8 bits with values above 255 (how such values map to
-        colours is not the reader's to guess).
+        colors is not the reader's to guess).
 
     Notes
     -----
     Grey and palette images become RGB. An opaque alpha channel is dropped, another one is
-    composited on white, the colour of empty glass. The EXIF orientation is ignored: labels are
+    composited on white, the color of empty glass. The EXIF orientation is ignored: labels are
     drawn on the pixels as stored.
     """
     path = Path(path)
     _require_file(path)
     if path.suffix.lower() in (".tif", ".tiff"):
-        pixels, mpp = _read_tiff_colours(path)
+        pixels, mpp = _read_tiff_colors(path)
     else:
-        pixels, mpp = _read_pillow_colours(path), None
+        pixels, mpp = _read_pillow_colors(path), None
     return ImageFile(_to_rgb(pixels, path), mpp)
 
 
@@ -85,7 +85,7 @@ def read_label_image(path: str | Path) -> Labels:
     Raises
     ------
     DataError
-        If the file is missing, truncated, binary, in colour or floating-point, or if an id is
+        If the file is missing, truncated, binary, in color or floating-point, or if an id is
         negative or above 2**24 - 1.
     """
     path = Path(path)
@@ -166,7 +166,7 @@ def _open_pillow(path: Path) -> PillowImage.Image:
             PillowImage.MAX_IMAGE_PIXELS = limit
 
 
-def _read_pillow_colours(path: Path) -> NDArray[Any]:
+def _read_pillow_colors(path: Path) -> NDArray[Any]:
     image = _open_pillow(path)
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
@@ -179,7 +179,7 @@ def _read_pillow_colours(path: Path) -> NDArray[Any]:
     return np.asarray(image)
 
 
-def _read_tiff_colours(path: Path) -> tuple[NDArray[Any], float | None]:
+def _read_tiff_colors(path: Path) -> tuple[NDArray[Any], float | None]:
     try:
         with tifffile.TiffFile(path) as tiff:
             series = tiff.series[0]
@@ -241,9 +241,9 @@ def _to_rgb(pixels: NDArray[Any], path: Path) -> Image:
     return np.ascontiguousarray(pixels)
 
 
-def _on_white(colours: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _on_white(colors: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if int(alpha.min()) == 255:
-        return colours
+        return colors
     a = alpha.astype(np.uint32)
-    mixed = (colours * a + 255 * (255 - a) + 127) // 255
+    mixed = (colors * a + 255 * (255 - a) + 127) // 255
     return mixed.astype(np.uint8)

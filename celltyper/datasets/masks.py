@@ -6,7 +6,7 @@
       images/a.png            PNG, JPEG or TIFF, RGB
       masks/a.png             PNG (16 bit) or TIFF (16 or 32 bit) of label ids, 0 is background
       classes.csv             image,label,class: one row per nucleus
-      meta.json               optional: classes in order, mpp, colours, groups, splits
+      meta.json               optional: classes in order, mpp, colors, groups, splits
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def read_masks(path: str | Path) -> Dataset:
         groups=groups,
         read=read,
         splits=meta.splits,
-        colours=meta.colours,
+        colors=meta.colors,
     )
 
 

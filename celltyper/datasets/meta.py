@@ -23,7 +23,7 @@ class Meta:
     mpp: float | None = None
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
-    colours: tuple[str, ...] = ()
+    colors: tuple[str, ...] = ()
 
 
 def read_meta(folder: Path) -> Meta:
@@ -38,7 +38,7 @@ def read_meta(folder: Path) -> Meta:
     -------
     Meta
         Name (the folder's, if none is stated), classes in order of their ids, resolution, splits,
-        groups, colours.
+        groups, colors.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def read_meta(folder: Path) -> Meta:
         mpp=_mpp(path, raw.get("mpp")),
         splits=_splits(path, raw.get("splits", {})),
         groups=_groups(path, raw.get("groups", {})),
-        colours=_colours(path, raw.get("colours", {}), classes),
+        colors=_colors(path, raw.get("colors", {}), classes),
     )
 
 
@@ -146,16 +146,16 @@ def _groups(path: Path, raw: Any) -> dict[str, str]:
     return dict(raw)
 
 
-def _colours(path: Path, raw: Any, classes: tuple[str, ...]) -> tuple[str, ...]:
+def _colors(path: Path, raw: Any, classes: tuple[str, ...]) -> tuple[str, ...]:
     if not raw:
         return ()
     if not isinstance(raw, dict) or set(raw) != set(classes):
-        raise DataError(f"{path}: 'colours' must give '#rrggbb' for each of {listing(classes)}")
-    colours = tuple(raw[c] for c in classes)
-    wrong = [c for c in colours if not re.fullmatch(r"#[0-9a-fA-F]{6}", str(c))]
+        raise DataError(f"{path}: 'colors' must give '#rrggbb' for each of {listing(classes)}")
+    colors = tuple(raw[c] for c in classes)
+    wrong = [c for c in colors if not re.fullmatch(r"#[0-9a-fA-F]{6}", str(c))]
     if wrong:
-        raise DataError(f"{path}: colour {listing(wrong)} is not of the form '#rrggbb'")
-    return colours
+        raise DataError(f"{path}: color {listing(wrong)} is not of the form '#rrggbb'")
+    return colors
 
 
 def _is_names(raw: Any) -> bool:

@@ -146,7 +146,7 @@ class Report:
     Raises
     ------
     DataError
-        If colours, classes and confusion matrix do not fit together.
+        If colors, classes and confusion matrix do not fit together.
     """
 
     title: str
@@ -192,19 +192,19 @@ class Report:
 
 
 def check_colors(classes: Sequence[str], colors: Sequence[str]) -> None:
-    """Refuse colours that are not ``#rrggbb`` or not one for every class.
+    """Refuse colors that are not ``#rrggbb`` or not one for every class.
 
     Raises
     ------
     DataError
-        Naming the colour.
+        Naming the color.
     """
     if len(colors) != len(classes):
-        raise DataError(f"{len(classes)} classes need as many colours, got {len(colors)}")
+        raise DataError(f"{len(classes)} classes need as many colors, got {len(colors)}")
     for color in colors:
-        # Colours go into the page's style sheet, where escaping would not help.
+        # Colors go into the page's style sheet, where escaping would not help.
         if not re.fullmatch(r"#[0-9a-fA-F]{6}", color):
-            raise DataError(f"colour {color!r} must be written as '#rrggbb'")
+            raise DataError(f"color {color!r} must be written as '#rrggbb'")
 
 
 def check_labels(image: Image, labels: Labels, phenotypes: NDArray[np.uint8], where: str) -> None:

@@ -197,6 +197,6 @@ def busiest_window(
 def jpeg_uri(image: Image) -> str:
     """Encode an RGB image as a ``data:image/jpeg`` address."""
     buffer = io.BytesIO()
-    # Full colour resolution: hue is what tells haematoxylin from eosin at a nucleus' edge.
+    # Full color resolution: hue is what tells haematoxylin from eosin at a nucleus' edge.
     PIL.Image.fromarray(image).save(buffer, format="JPEG", quality=85, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""Outlines of cells drawn on the image in the colours of their phenotypes."""
+"""Outlines of cells drawn on the image in the colors of their phenotypes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from celltyper.report.data import check_colors, check_labels
 from celltyper.types import Image, Labels
 
 UNTYPED = "#9a9a9a"
-"""Colour of cells whose phenotype is 0."""
+"""Color of cells whose phenotype is 0."""
 
 SMALL_NUCLEUS = 24.0
 """Median diameter in pixels below which an outline would hide much of the nucleus."""
@@ -69,7 +69,7 @@ def draw_outlines(
     *,
     scale: int = 1,
 ) -> Image:
-    """Draw the outline of every cell in the colour of its phenotype.
+    """Draw the outline of every cell in the color of its phenotype.
 
     Parameters
     ----------
@@ -94,14 +94,14 @@ def draw_outlines(
     Raises
     ------
     DataError
-        If image, labels, phenotypes and colours do not fit together.
+        If image, labels, phenotypes and colors do not fit together.
     """
     check_labels(image, labels, phenotypes, "overlay")
     check_colors(colors, colors)
     if int(phenotypes.max(initial=0)) > len(colors):
         raise DataError(
             f"overlay: a cell has class {int(phenotypes.max())}, but only {len(colors)} "
-            "colours are given"
+            "colors are given"
         )
     if scale > 1:
         size = (image.shape[1] * scale, image.shape[0] * scale)
@@ -122,7 +122,7 @@ def legend(
     counts: Sequence[int] | None = None,
     mpp: float | None = None,
 ) -> Image:
-    """Strip with the name and colour of every class, for a picture that stands alone.
+    """Strip with the name and color of every class, for a picture that stands alone.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def legend(
     Raises
     ------
     DataError
-        If the number of colours is not that of the classes.
+        If the number of colors is not that of the classes.
     """
     check_colors(classes, colors)
     font, row, pad = _font(14), 24, 8

@@ -1,4 +1,4 @@
-"""Line charts and the reliability diagram as inline SVG that follows the page's colours."""
+"""Line charts and the reliability diagram as inline SVG that follows the page's colors."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ leaves the pixels exactly as they are.
 """
 
 from celltyper.transforms.augmentation import Tile, augment
-from celltyper.transforms.colour import color_jitter, gaussian_blur, gaussian_noise, hed_jitter
+from celltyper.transforms.color import color_jitter, gaussian_blur, gaussian_noise, hed_jitter
 from celltyper.transforms.geometry import (
     affine_matrix,
     elastic_field,

@@ -1,4 +1,4 @@
-"""Augmentation of a tile: geometry with one resampling, then stain, colour, blur and noise."""
+"""Augmentation of a tile: geometry with one resampling, then stain, color, blur and noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from celltyper.transforms.colour import color_jitter, gaussian_blur, gaussian_noise, hed_jitter
+from celltyper.transforms.color import color_jitter, gaussian_blur, gaussian_noise, hed_jitter
 from celltyper.transforms.geometry import (
     affine_matrix,
     elastic_field,

@@ -1,4 +1,4 @@
-"""Colour and sharpness of tiles: stain and colour jitter, blur, noise."""
+"""Color and sharpness of tiles: stain and color jitter, blur, noise."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def color_jitter(
     chroma = np.linalg.inv(_YIQ) @ rotate @ _YIQ
     saturate = s * np.eye(3) + (1 - s) * np.outer(np.ones(3), _GREY)
     image = np.ascontiguousarray(image)
-    pivot = b * float(_mean_colour(image) @ _GREY) * (1 - c)
+    pivot = b * float(_mean_color(image) @ _GREY) * (1 - c)
     matrix = chroma @ saturate * (c * b)
     offset = chroma @ saturate @ np.full(3, pivot)
     mixed: Image = _mix(image, matrix.astype(np.float32), offset.astype(np.float32))
@@ -172,7 +172,7 @@ def _mix(image, matrix, offset):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _mean_colour(image):  # type: ignore[no-untyped-def]
+def _mean_color(image):  # type: ignore[no-untyped-def]
     red, green, blue = 0, 0, 0
     for r in range(image.shape[0]):
         for c in range(image.shape[1]):
