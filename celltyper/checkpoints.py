@@ -147,6 +147,10 @@ def load_model(
             f"{file} names code of its author ({', '.join(code)}); if you trust it, "
             "pass --allow-code (allow_code=True in Python)"
         )
+    if config.encoder.adapt == "full" and encoder_weights is not None:
+        raise CheckpointError(
+            f"{file} holds the whole encoder (adapt: full): leave out --encoder-weights"
+        )
     if config.encoder.adapt == "full" and config.encoder.weights != "twin":
         # Every weight of the encoder is in the checkpoint; the base need not be at hand.
         encoder_weights = "random"

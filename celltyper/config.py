@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from celltyper.errors import ConfigError, unknown_name
 
@@ -137,6 +137,16 @@ class Config(Section):
     loss: Loss = Loss()
     train: Train = Train()
     infer: Infer = Infer()
+
+    @model_validator(mode="after")
+    def _something_to_write(self) -> Config:
+        tile = self.infer.tile or self.data.tile
+        if self.infer.overlap >= tile:
+            raise ValueError(
+                f"infer.overlap {self.infer.overlap} leaves nothing of a tile of {tile}; "
+                "lower it or raise infer.tile"
+            )
+        return self
 
 
 def recipes() -> dict[str, Path]:

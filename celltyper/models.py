@@ -42,6 +42,8 @@ class CellTyper(nn.Module):
         ``#rrggbb`` per phenotype, for overlays and exports; defaults by name if empty.
     tile, overlap : int
         Side in pixels of the tiles an image is cut into, and how much neighbours share.
+    batch_size : int
+        Tiles per forward pass at inference.
 
     Attributes
     ----------
@@ -60,10 +62,13 @@ class CellTyper(nn.Module):
         colors: Sequence[str] = (),
         tile: int = 256,
         overlap: int = 64,
+        batch_size: int = 8,
     ) -> None:
         super().__init__()
         if len(set(classes)) != len(classes) or not classes:
             raise ConfigError(f"classes must be distinct names, at least one, got {list(classes)}")
+        if "background" in classes:
+            raise ConfigError("a phenotype cannot be called 'background': that is class 0")
         if isinstance(decoder, str):
             decoder = build_decoder(decoder, *_grid_of(encoder))
         elif isinstance(decoder, type):
@@ -76,6 +81,7 @@ class CellTyper(nn.Module):
         self.colors = tuple(colors)
         self.tile = tile
         self.overlap = overlap
+        self.batch_size = batch_size
         phenotype = MapSpec(len(self.classes) + 1, "softmax", "bce_dice")
         self.maps: dict[str, MapSpec] = {PHENOTYPE: phenotype, **self.instances.maps}
         width = int(decoder.out_channels)  # type: ignore[arg-type]
@@ -178,4 +184,5 @@ def build_model(
         colors=colors,
         tile=config.infer.tile or config.data.tile,
         overlap=config.infer.overlap,
+        batch_size=config.infer.batch_size,
     )

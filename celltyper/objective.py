@@ -70,7 +70,7 @@ def objective(
     loss : Loss
         Weights of the terms.
     class_weights : Tensor or None, shape (K + 1,)
-        For the cross-entropy.
+        For the cross-entropy and the focal loss.
 
     Returns
     -------
@@ -86,7 +86,9 @@ def objective(
     if loss.dice:
         total = total + loss.dice * dice(logits, phenotype)
     if loss.focal:
-        total = total + loss.focal * focal(logits, phenotype, gamma=loss.focal_gamma)
+        total = total + loss.focal * focal(
+            logits, phenotype, gamma=loss.focal_gamma, class_weights=class_weights
+        )
     if loss.instances:
         nuclei = (phenotype > 0)[:, None]
         for name, spec in maps.items():

@@ -149,7 +149,8 @@ def run_facts(
             part: {
                 "path": str(dataset.path),
                 "images": len(dataset),
-                "groups": len(set(dataset.groups.values())),
+                "names": list(dataset.names),
+                "groups": [dataset.groups[name] for name in dataset.names],
                 "cells": cells_per_class(dataset),
             }
             for part, dataset in data.items()

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -112,16 +113,19 @@ def train(
         raise ConfigError(f"train.metric {config.train.metric!r} is unknown: {', '.join(SCORES)}")
     check_log(config.train.log)
     train_data, val_data = training_data(config.data, config.seed)
-    config = _resolved(config, train_data)
+    samples = list(train_data)
+    config = _resolved(config, train_data, [*samples, *val_data])
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
         gradient_accumulation_steps=config.train.accumulate,
         cpu=place.type == "cpu",
+        # Blocks of the encoder behind the last map that a decoder reads get no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if accelerator.is_main_process:
         check_output(output, config, resume=resume, overwrite=overwrite)
     model = build_model(config, train_data.classes, config.data.mpp, train_data.colors)
-    samples = [_at_mpp(sample, config.data.mpp) for sample in train_data]
+    samples = [_at_mpp(sample, config.data.mpp) for sample in samples]
     for _ in val_data:  # wrong labels are found here, not at the first validation
         pass
     sampler = TileSampler(
@@ -130,13 +134,15 @@ def train(
     state = Progress(digest=parameter_digest(model))
     tensors: dict[str, Tensor] = {}
     accelerator.wait_for_everyone()
-    resume = resume and (output / LAST_FILE).is_file()
+    asked, resume = resume, resume and (output / LAST_FILE).is_file()
     if resume:
         tensors, header = read_tensors(output / LAST_FILE)
         state = Progress(**header["progress"])
         if state.finished:
             logger.info("%s is finished: nothing to resume", output)
             return output
+    elif asked:
+        logger.info("nothing to resume in %s: starting from the first step", output)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         start_folder(output, config, keep=resume)
@@ -203,7 +209,8 @@ def _run(
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             last = state.step == settings.steps
             if last or state.step % settings.validate_every == 0:
-                scores = loop.validate(val_data)
+                scores = loop.validate(val_data) if accelerator.is_main_process else {}
+                scores = broadcast_object_list([scores])[0]
                 row = {"step": float(state.step), "loss": float(np.mean(losses)), "lr": loop.lr}
                 losses.clear()
                 stop = _record(state, row | scores, settings, last=last)
@@ -225,11 +232,28 @@ def _diverged(loss: float, step: int, output: Path, settings: Train) -> str:
     )
 
 
-def _resolved(config: Config, data: Dataset) -> Config:
-    """Write into the config what was decided from the data: absolute root, resolution."""
+def _resolved(config: Config, data: Dataset, samples: Sequence[Sample]) -> Config:
+    """Write into the config what was decided from the data: absolute paths, resolution."""
+    mpp = config.data.mpp or data.mpp
+    found = {sample.mpp for sample in samples}
+    if mpp is None and found != {None}:
+        if len(found) > 1:
+            known = ", ".join(sorted(str(value or "unknown") for value in found))
+            raise DataError(
+                f"{data.path}: images of several resolutions ({known} micrometres per pixel); "
+                "set data.mpp to the one to work at"
+            )
+        mpp = found.pop()
     root = config.data.root.absolute() if config.data.root else None
-    update = {"root": root, "mpp": config.data.mpp or data.mpp}
-    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+    weights = config.encoder.weights
+    if Path(weights).is_file():
+        weights = str(Path(weights).absolute())
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"root": root, "mpp": mpp}),
+            "encoder": config.encoder.model_copy(update={"weights": weights}),
+        }
+    )
 
 
 def training_data(data: Data, seed: int) -> tuple[Dataset, Dataset]:
@@ -305,9 +329,10 @@ class _Loop:
             if weights is None
             else torch.as_tensor(weights, dtype=torch.float32).to(accelerator.device)
         )
+        self.model, self.wrapped = accelerator.prepare(model, self.optimizer)
+        # Only now: preparing for several processes gives the parameters new storage.
         self.state = trained_state(model, config.encoder.adapt)
         self.average = Average(self.state, config.train.ema) if config.train.ema else None
-        self.model, self.wrapped = accelerator.prepare(model, self.optimizer)
         self.lr = 0.0
 
     def restore(self, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -337,7 +362,7 @@ class _Loop:
         with self.accelerator.autocast():
             raw = self.model(images)
         loss = objective(raw, batch, self.bare.maps, self.config.loss, self.weights)
-        value = float(loss.detach())
+        value = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
         if math.isfinite(value):
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
@@ -394,8 +419,8 @@ def _record(state: Progress, row: dict[str, float], train: Train, *, last: bool)
     """Add a row to the history, note an improvement, and say whether to stop early."""
     state.history.append(row)
     score = row[train.metric]
-    # A score that cannot be computed yet (no cell found) must not block the first checkpoint.
-    if (math.isfinite(score) and score > state.best) or not state.best_step:
+    # As long as no score could be computed, the newest model is as good as any.
+    if score > state.best or not math.isfinite(state.best):
         state.best, state.best_step = (score if math.isfinite(score) else -math.inf), state.step
     return not last and _waited(state) >= (train.patience or math.inf)
 
