@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from celltyper import __version__
 from celltyper.errors import CelltyperError
@@ -35,16 +36,35 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def trusting(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every command that loads a model."""
-    command = click.option(
-        "--allow-code", is_flag=True, help="Import the author's code that a model names."
-    )(command)
-    return click.option(
-        "--encoder-weights",
-        metavar="FILE",
-        help="Base weights of the encoder, if not where they were at training.",
-    )(command)
+MODEL_OPTIONS = ("device", "batch_size", "precision", "encoder_weights", "allow_code")
+
+
+def predicting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that runs a model."""
+    for option in (
+        click.option(
+            "--allow-code", is_flag=True, help="Import the author's code that a model names."
+        ),
+        click.option(
+            "--encoder-weights",
+            metavar="FILE",
+            help="Base weights of the encoder, if not where they were at training.",
+        ),
+        click.option(
+            "--precision",
+            default="fp32",
+            show_default=True,
+            type=click.Choice(["fp32", "bf16", "fp16"]),
+            help="Of the forward pass.",
+        ),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(1),
+            help="Tiles per forward pass.  [default: as in the run]",
+        ),
+    ):
+        command = option(command)
+    return common(command)
 
 
 @cli.command()
@@ -95,37 +115,10 @@ def train(
 @click.argument("inputs", nargs=-1, required=True, type=PATH, metavar="IMAGE...")
 @click.option("-m", "--model", type=PATH, required=True, help="Run folder or checkpoint.")
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
-@click.option("--mpp", type=float, help="Micrometres per pixel of the images.")
-@click.option(
-    "--batch-size",
-    default=8,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Tiles per forward pass.",
-)
-@click.option(
-    "--precision",
-    default="fp32",
-    show_default=True,
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Mixed precision, for GPUs.",
-)
+@click.option("--mpp", type=float, help="Micrometres per pixel.  [default: as the files say]")
 @click.option("--overwrite", is_flag=True, help="Replace earlier results in the folder.")
-@trusting
-@common
-def infer(
-    inputs: tuple[Path, ...],
-    model: Path,
-    output: Path,
-    mpp: float | None,
-    batch_size: int,
-    precision: str,
-    overwrite: bool,
-    encoder_weights: str | None,
-    allow_code: bool,
-    device: str,
-    quiet: bool,
-) -> None:
+@predicting
+def infer(inputs: tuple[Path, ...], model: Path, output: Path, quiet: bool, **options: Any) -> None:
     r"""Find and type the cells of images (PNG, JPEG, TIFF) or of folders of images.
 
     \b
@@ -134,19 +127,7 @@ def infer(
     _log(quiet)
     from celltyper.inference import infer as run
 
-    folder = run(
-        inputs,
-        model,
-        output,
-        mpp=mpp,
-        device=device,
-        batch_size=batch_size,
-        precision=precision,
-        overwrite=overwrite,
-        encoder_weights=encoder_weights,
-        allow_code=allow_code,
-        progress=not quiet,
-    )
+    folder = run(inputs, model, output, progress=not quiet, **options)
     _say(quiet, f"cells: {folder / 'cells.parquet'}")
 
 
@@ -156,7 +137,8 @@ def infer(
 @click.option("--pred", type=PATH, help="Folder that 'celltyper infer' wrote, or label images.")
 @click.option("--ref", type=PATH, help="Annotated images.")
 @click.option("-o", "--output", type=PATH, help="Folder to write.  [default: RUN/eval or PRED]")
-@click.option("--mpp", type=float, help="Micrometres per pixel, if the data state none.")
+@click.option("--split", help="Only this split of the data.")
+@click.option("--mpp", type=float, help="Micrometres per pixel.  [default: as the data say]")
 @click.option(
     "--resamples",
     default=1000,
@@ -164,22 +146,19 @@ def infer(
     type=click.IntRange(0),
     help="Bootstrap resamples of the intervals.",
 )
+@click.option("--allow-seen", is_flag=True, help="Score images of the training data too.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier evaluation.")
-@trusting
-@common
+@predicting
+@click.pass_context
 def evaluate(
+    context: click.Context,
+    /,
     run: Path | None,
     data: Path | None,
     pred: Path | None,
     ref: Path | None,
-    output: Path | None,
-    mpp: float | None,
-    resamples: int,
-    overwrite: bool,
-    encoder_weights: str | None,
-    allow_code: bool,
-    device: str,
     quiet: bool,
+    **options: Any,
 ) -> None:
     r"""Score a model on annotated images, or predictions that are there already.
 
@@ -187,34 +166,22 @@ def evaluate(
     celltyper eval RUN DATA
     celltyper eval --pred OUT --ref DATA
     """
-    if (
-        (run is None) == (pred is None)
-        or (data is None) == (ref is None)
-        or bool(run) != bool(data)
-    ):
+    of_run = run is not None and data is not None and pred is None and ref is None
+    if not of_run and not (pred and ref and run is None):
         raise click.UsageError("give RUN and DATA, or --pred and --ref")
+    if not of_run:
+        for name in (*MODEL_OPTIONS, "allow_seen"):
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                option = name.replace("_", "-")
+                raise click.UsageError(f"--{option} is for RUN and DATA: --pred runs no model")
+            options.pop(name)
     _log(quiet)
     from celltyper.results import evaluate_predictions, evaluate_run, summary_text
 
     if run is not None and data is not None:
-        summary, folder = evaluate_run(
-            run,
-            data,
-            output,
-            mpp=mpp,
-            resamples=resamples,
-            overwrite=overwrite,
-            device=device,
-            encoder_weights=encoder_weights,
-            allow_code=allow_code,
-            progress=not quiet,
-        )
+        summary, folder = evaluate_run(run, data, progress=not quiet, **options)
     else:
-        assert pred is not None
-        assert ref is not None
-        summary, folder = evaluate_predictions(
-            pred, ref, output, resamples=resamples, overwrite=overwrite
-        )
+        summary, folder = evaluate_predictions(pred or "", ref or "", **options)
     _say(quiet, summary_text(summary))
     _say(quiet, f"report: {folder / 'report.html'}")
 

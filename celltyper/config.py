@@ -270,6 +270,8 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         section: Any = Config

@@ -81,9 +81,9 @@ def run_demo(
     train(load_config("demo", overrides), run, device=device, progress=progress)
     resolution = () if mpp is None else ("--mpp", mpp)
     say(_shown("infer", test / "images", "-m", run, "-o", output, *resolution))
-    infer([test], run, output, mpp=mpp, device=device, progress=progress)
+    infer([test], run, output, mpp=mpp, overwrite=True, device=device, progress=progress)
     say(_shown("eval", "--pred", output, "--ref", test))
-    summary, folder = evaluate_predictions(output, test)
+    summary, folder = evaluate_predictions(output, test, overwrite=True)
     say(summary_text(summary))
     if data is None:
         say("The labels of this sample are model-made, and all parts come from one study.")
@@ -100,9 +100,7 @@ def _make_room(output: Path, overwrite: bool) -> None:
             raise ConfigError(
                 f"{output} already holds a demonstration; pass --overwrite or another folder"
             )
-        for old in output.iterdir():
-            if old.name not in {MARK, "data"}:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        shutil.rmtree(output / "run", ignore_errors=True)
     make_folder(output)
     write_text(output / MARK, "")
 

@@ -49,7 +49,7 @@ MIN_GROUPS = 8
 SCORES: dict[str, str] = {
     "macro_f1": "reference instances: mean class probability in each annotated nucleus, argmax "
     "including background, F1 per class, unweighted mean (PathoCellBench)",
-    "detection_f1": "end to end: centroids paired one to one within 3 um (HoVer-Net F_d)",
+    "detection_f1": "end to end: centroids paired one to one within {radius} (HoVer-Net F_d)",
     "typed_f1": "end to end: F_c of HoVer-Net on the same pairs, unweighted mean over classes",
     "typed_f1_iou": "end to end: F1 per class, pairs at IoU >= 0.5, unweighted mean over classes",
     "bpq": "panoptic quality whatever the class, IoU > 0.5, mean over images",
@@ -59,7 +59,7 @@ SCORES: dict[str, str] = {
     "aji": "aggregated Jaccard index, mean over images (Kumar 2017)",
     "count_r2": "R2 of cell counts per image and class, mean over classes (CoNIC)",
 }
-"""Every score of a dense evaluation, with the rule it is computed by."""
+"""Every score of a dense evaluation, with the rule it is computed by; see `Summary.rules`."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ class ImageScores:
         Block of the image that each centroid lies in.
     aji : float
         Aggregated Jaccard index of the image.
+    radius : str
+        Largest distance of ``near`` pairs, with its unit.
     """
 
     name: str
@@ -105,6 +107,7 @@ class ImageScores:
     ref_block: NDArray[np.int64]
     pred_block: NDArray[np.int64]
     aji: float
+    radius: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +132,8 @@ class Summary:
     calibration_error : float
         Expected calibration error of the mean probabilities of annotated nuclei.
     images : list of ImageScores
+    radius : str
+        Largest distance of a detection, with its unit.
     """
 
     classes: tuple[str, ...]
@@ -139,6 +144,12 @@ class Summary:
     clusters: str
     calibration_error: float
     images: list[ImageScores]
+    radius: str
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """Rule of every score, as it was applied here."""
+        return {name: rule.format(radius=self.radius) for name, rule in SCORES.items()}
 
 
 def score_image(prediction: Prediction, sample: Sample) -> ImageScores:
@@ -186,6 +197,7 @@ def score_image(prediction: Prediction, sample: Sample) -> ImageScores:
         ref_block=blocks[0],
         pred_block=blocks[1],
         aji=aggregated_jaccard(table).score,
+        radius=f"{RADIUS_UM:g} um" if mpp else f"{RADIUS_PX:g} px (resolution unknown)",
     )
 
 
@@ -198,8 +210,9 @@ def summarise(
 ) -> Summary:
     """Scores over images, each with a 95 % interval from a clustered bootstrap.
 
-    Patients or fields are resampled where there are at least eight, else blocks of 256 px; scores
-    that are means over images then have an interval only if there is one image.
+    Patients or fields are resampled where there are at least eight, else blocks of 256 px; for
+    means over images, and for the counts per image, it is always patients or fields (but blocks
+    for bPQ and mPQ of a single image).
 
     Parameters
     ----------
@@ -250,7 +263,9 @@ def summarise(
         return Estimate(value, float(interval.low), float(interval.high))
 
     per_image = _per_image(images, k)
-    by_image = _image_clusters(images)
+    groups, by_image = np.unique([i.group for i in images], return_inverse=True)
+    moments = np.zeros((len(groups), k, 4))
+    _add(moments, by_image, per_image["moments"])
 
     def of_class(counts: Values, score: Callable[[Values], Values], c: int) -> Estimate:
         return estimate(counts, lambda s: score(s)[..., c])
@@ -258,9 +273,7 @@ def summarise(
     def image_mean(values: Values) -> Estimate:
         known = ~np.isnan(values)
         parts = np.stack([np.where(known, values, 0), known], axis=-1)
-        if by_image is None:
-            return Estimate(float(mean_of_known(values)) if len(values) else float("nan"))
-        counts = np.zeros((n, 2))
+        counts = np.zeros((len(groups), 2))
         _add(counts, by_image, parts)
         return estimate(counts, lambda s: ratio(s[..., 0], s[..., 1]))
 
@@ -276,16 +289,15 @@ def summarise(
         "bpq_plus": estimate(sums["pq"], pq_of_counts),
         "mpq_plus": estimate(quality, mpq_plus),
         "aji": image_mean(per_image["aji"]),
-        "count_r2": Estimate(float(mean_of_known(count_r2(per_image["moments"].sum(0))))),
+        "count_r2": estimate(moments, lambda s: mean_of_known(count_r2(s))),
     }
-    r2 = count_r2(per_image["moments"].sum(0))
     per_class = {
         name: {
             "f1": of_class(sums["confusion"], class_f1, c),
             "typed_f1": of_class(near, typed_f1, c),
             "typed_f1_iou": of_class(loose, _plain_f1, c),
             "pq": of_class(quality, pq_of_counts, c),
-            "count_r2": Estimate(float(r2[c])),
+            "count_r2": of_class(moments, count_r2, c),
             "reference": Estimate(float(sum((i.true == c + 1).sum() for i in images))),
             "predicted": Estimate(float(sum((i.guess == c + 1).sum() for i in images))),
         }
@@ -303,6 +315,7 @@ def summarise(
         clusters=text,
         calibration_error=_calibration_error(confidence, truth),
         images=list(images),
+        radius=" or ".join(sorted({i.radius for i in images})),
     )
 
 
@@ -330,9 +343,17 @@ def evaluate(
     Raises
     ------
     DataError
-        If there is nothing to score, or a reference has no prediction.
+        If there is nothing to score, a reference has no prediction, two predictions have the
+        same name, or their classes differ.
     """
-    by_name = {p.name: p for p in predictions}
+    by_name: dict[str, Prediction] = {}
+    for prediction in predictions:
+        if prediction.name in by_name:
+            raise DataError(f"two predictions for image {prediction.name!r}: keep one")
+        by_name[prediction.name] = prediction
+    lists = {prediction.classes for prediction in by_name.values()}
+    if len(lists) > 1:
+        raise DataError(f"predictions have different classes: {' and '.join(map(str, lists))}")
     scores = []
     for sample in references:
         if sample.name not in by_name:
@@ -365,13 +386,6 @@ def _clusters(
         clusters.append((flat[:split] + used, flat[split:] + used))
         used += len(blocks)
     return clusters, f"{used} blocks of {BLOCK_PX} px (fewer than {MIN_GROUPS} patients or fields)"
-
-
-def _image_clusters(images: Sequence[ImageScores]) -> NDArray[np.int64] | None:
-    groups = sorted({i.group for i in images})
-    if len(groups) < MIN_GROUPS:
-        return None
-    return np.array([groups.index(i.group) for i in images], np.int64)
 
 
 def _unpaired(image: ImageScores, pairs: Matches) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -25,19 +25,22 @@ from celltyper.cells.table import cells_table, concat_cells, write_csv, write_pa
 from celltyper.checkpoints import load_model
 from celltyper.config import one_line
 from celltyper.datasets import read_image
+from celltyper.datasets.folder import files_by_stem
+from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.errors import ConfigError, DataError
-from celltyper.labels import mean_in_labels
 from celltyper.models import CellTyper
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.report.overlay import save_overlay
+from celltyper.runs import CONFIG_FILE
 from celltyper.types import Image, Prediction
 
 logger = logging.getLogger("celltyper")
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 INDEX_FILE = "infer.json"
 LABELS_FILE = "labels.npz"
 CELLS_FILE = "cells.parquet"
+OUTPUT_FILES = (CELLS_FILE, "cells.csv", "cells.geojson", LABELS_FILE, "overlay.png")
+EVALUATION_FILES = ("metrics.json", "per_class.csv", "per_image.csv", "report.html")
 
 
 def infer(
@@ -47,7 +50,7 @@ def infer(
     *,
     mpp: float | None = None,
     device: str = "auto",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     precision: str = "fp32",
     overwrite: bool = False,
     encoder_weights: str | None = None,
@@ -58,8 +61,8 @@ def infer(
 
     One image is written straight into `output`, several into one folder each, beside one table
     ``cells.parquet`` of them all: ``cells.parquet``, ``cells.csv``, ``cells.geojson``,
-    ``labels.npz`` (``inst`` int32, ``type`` uint8, ``prob`` uint8 (K + 1, H, W) in 255ths) and
-    ``overlay.png``; ``infer.json`` says what was done.
+    ``labels.npz`` (``inst`` int32, ``type`` uint8, ``prob`` uint8 (K + 1, H, W) in 255ths,
+    ``cell_prob`` float32 (n, K + 1)) and ``overlay.png``; ``infer.json`` says what was done.
 
     Parameters
     ----------
@@ -73,8 +76,8 @@ def infer(
         Micrometres per pixel of the images; None takes what the files say.
     device : str
         See `celltyper.predict.pick_device`.
-    batch_size : int
-        Tiles per forward pass.
+    batch_size : int or None
+        Tiles per forward pass; None takes what the run was configured with.
     precision : {"fp32", "bf16", "fp16"}
         See `celltyper.predict.autocast`.
     overwrite : bool
@@ -99,6 +102,8 @@ def infer(
     """
     output = Path(output)
     paths = find_images(inputs)
+    if (output / CONFIG_FILE).exists():
+        raise ConfigError(f"{output} holds a run; give another folder for the cells")
     if (output / INDEX_FILE).exists() and not overwrite:
         raise ConfigError(
             f"{output} already holds results of infer; pass --overwrite or another folder"
@@ -146,7 +151,8 @@ def infer(
                 failed.append({"image": str(path), "error": str(error)})
                 continue
             # From the first write on, the folder counts as unfinished until the index is there.
-            (output / INDEX_FILE).unlink(missing_ok=True)
+            if not entries:
+                _clear(output)
             tables.append(write_prediction(folder, image, prediction, model))
             entries.append(
                 {
@@ -161,7 +167,9 @@ def infer(
                 }
             )
             bar.set_postfix(cells=sum(e["cells"] for e in entries), refresh=False)
-    if len(paths) > 1 and tables:
+    if not entries:
+        raise DataError(f"all {len(paths)} images failed, the first: {failed[0]['error']}")
+    if len(paths) > 1:
         write_parquet(output / CELLS_FILE, concat_cells(tables))
     write_json(
         output / INDEX_FILE,
@@ -185,6 +193,25 @@ def infer(
     return output
 
 
+def _clear(output: Path) -> None:
+    """Remove what an earlier inference wrote, and evaluations of it; nothing else."""
+    index = output / INDEX_FILE
+    if not index.is_file():
+        return
+    try:
+        folders = {output / entry["folder"] for entry in read_index(output)["images"]}
+    except DataError:
+        folders = {output}
+    index.unlink()
+    for folder in folders | {output}:
+        for name in OUTPUT_FILES if folder in folders else (CELLS_FILE,):
+            (folder / name).unlink(missing_ok=True)
+        if folder != output and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    for name in EVALUATION_FILES:
+        (output / name).unlink(missing_ok=True)
+
+
 def find_images(inputs: Sequence[str | Path]) -> dict[str, Path]:
     """List images by name (the file's stem); folders give the images right inside them.
 
@@ -197,9 +224,9 @@ def find_images(inputs: Sequence[str | Path]) -> dict[str, Path]:
     for path in map(Path, inputs):
         if path.is_dir():
             inside = path / "images" if (path / "images").is_dir() else path
-            files = sorted(p for p in inside.iterdir() if p.suffix.lower() in SUFFIXES)
+            files = list(files_by_stem(inside, IMAGE_SUFFIXES).values())
             if not files:
-                raise DataError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))})")
+                raise DataError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         elif path.is_file():
             files = [path]
         else:
@@ -227,7 +254,11 @@ def write_prediction(
     quantised = np.rint(prediction.probabilities * 255).astype(np.uint8)
     with atomic_path(folder / LABELS_FILE) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
-            file, inst=prediction.labels, type=prediction.phenotype_map, prob=quantised
+            file,
+            inst=prediction.labels,
+            type=prediction.phenotype_map,
+            prob=quantised,
+            cell_prob=prediction.cell_probabilities,
         )
     save_overlay(
         folder / "overlay.png",
@@ -298,14 +329,13 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 def _read_prediction(path: Path, entry: dict[str, Any], facts: dict[str, Any]) -> Prediction:
     try:
         with path.open("rb") as file, np.load(file) as arrays:
-            labels, quantised = arrays["inst"], arrays["prob"]
+            labels, quantised, cells = (arrays[k] for k in ("inst", "prob", "cell_prob"))
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({one_line(error)}); run infer again") from error
-    probabilities = quantised.astype(np.float32) / 255
     return Prediction(
         labels=labels,
-        probabilities=probabilities,
-        cell_probabilities=mean_in_labels(labels, probabilities),
+        probabilities=quantised.astype(np.float32) / 255,
+        cell_probabilities=cells,
         classes=tuple(facts["classes"]),
         mpp=entry["mpp"],
         name=entry["name"],

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from celltyper.errors import ConfigError, DataError
-from celltyper.labels import label_ids, mean_in_labels
+from celltyper.labels import label_ids, mean_in_labels, resize_labels
 from celltyper.models import PHENOTYPE, CellTyper
 from celltyper.tiling import read_padded, tile_grid
 from celltyper.types import Image, Labels, Prediction
@@ -256,10 +256,8 @@ def rescale(image: Image, factor: float) -> Image:
 def _labels_to(
     labels: Labels, cells: NDArray[np.float32], shape: tuple[int, ...]
 ) -> tuple[Labels, NDArray[np.float32]]:
-    """Nearest-neighbour labels of another size, renumbered; cells that vanish lose their row."""
-    rows = (np.arange(shape[0]) + 0.5) * labels.shape[0] / shape[0]
-    cols = (np.arange(shape[1]) + 0.5) * labels.shape[1] / shape[1]
-    moved = labels[rows.astype(np.int64)[:, None], cols.astype(np.int64)[None, :]]
+    """Labels of another size, renumbered; cells that vanish lose their row."""
+    moved = resize_labels(labels, (shape[0], shape[1]))
     kept = label_ids(moved)
     renumber = np.zeros(int(labels.max(initial=0)) + 1, np.int32)
     renumber[kept] = np.arange(1, len(kept) + 1)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from celltyper import __version__
 from celltyper.cells.colors import default_colors
 from celltyper.datasets import Dataset
-from celltyper.evaluation import SCORES, Estimate, ImageScores, Summary, summarise
+from celltyper.evaluation import Estimate, ImageScores, Summary, summarise
 from celltyper.metrics.calibration import reliability_table
 from celltyper.report.data import Metric, Reliability, Report, ReportImage, Table
 from celltyper.runs import CONFIG_FILE, HISTORY_FILE, RUN_FILE
@@ -56,11 +56,11 @@ def make_report(
         colors=colors,
         notice=notice_of(dataset),
         warnings=_warnings(summary),
-        metrics=[_metric(name, summary.scores[name], SCORES[name]) for name in SCORES],
+        metrics=[_metric(name, summary.scores[name], rule) for name, rule in summary.rules.items()],
         interval=f"95 % interval, bootstrap over {summary.clusters}",
         per_class=_class_table(summary),
         confusion=summary.pairs,
-        confusion_rule="predicted cells and annotated nuclei paired by centroid within 3 um",
+        confusion_rule=f"cells and annotated nuclei paired by centroid within {summary.radius}",
         reliability=_reliability(confidence, truth, summary.calibration_error),
         history=_history(run / HISTORY_FILE) if run else {},
         images=[_report_image(dataset[i.name], by_name[i.name], i) for i in worst],
@@ -91,7 +91,7 @@ def _metric(name: str, estimate: Estimate, rule: str = "") -> Metric:
 def _class_table(summary: Summary) -> Table:
     columns = {
         "f1": "F1 (reference)",
-        "typed_f1": "F_c (3 µm)",
+        "typed_f1": "F_c (centroids)",
         "typed_f1_iou": "F1 (IoU ≥ 0.5)",
         "pq": "PQ",
         "count_r2": "count R2",

@@ -6,7 +6,8 @@ import csv
 import io
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,18 @@ from celltyper.atomic import make_folder, write_json, write_text
 from celltyper.checkpoints import load_model
 from celltyper.datasets import Dataset, open_dataset
 from celltyper.errors import ConfigError, DataError
-from celltyper.evaluation import SCORES, Estimate, Summary, evaluate
+from celltyper.evaluation import Estimate, Summary, evaluate, score_image, summarise
 from celltyper.inference import INDEX_FILE, read_index, read_predictions
 from celltyper.labels import label_ids, mean_in_labels
-from celltyper.models import CellTyper
-from celltyper.predict import check_mpp, pick_device, predict_image
+from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.report.html import write_report
-from celltyper.reporting import image_scores, make_report, notice_of
+from celltyper.reporting import image_scores, make_report, notice_of, read_json
+from celltyper.runs import RUN_FILE
 from celltyper.types import Prediction, Sample
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 
-HEADLINES = (
-    "macro_f1",
-    "detection_f1",
-    "typed_f1",
-    "typed_f1_iou",
-    "bpq",
-    "mpq",
-    "mpq_plus",
-    "aji",
-)
 PER_CLASS = ("f1", "typed_f1", "typed_f1_iou", "pq", "count_r2")
 
 
@@ -48,10 +39,14 @@ def evaluate_run(
     data: str | Path,
     output: str | Path | None = None,
     *,
+    split: str | None = None,
     mpp: float | None = None,
     resamples: int = 1000,
     overwrite: bool = False,
+    allow_seen: bool = False,
     device: str = "auto",
+    batch_size: int | None = None,
+    precision: str = "fp32",
     encoder_weights: str | None = None,
     allow_code: bool = False,
     progress: bool = True,
@@ -66,13 +61,18 @@ def evaluate_run(
         Annotated images.
     output : str or Path or None
         Folder to write; None is ``eval`` inside the run folder.
+    split : str or None
+        Only this split of the data: one that its ``meta.json`` names, or ``train`` or ``val`` as
+        the run divided the same folder.
     mpp : float or None
-        Micrometres per pixel, where the data state none.
+        Micrometres per pixel; None takes what the data state.
     resamples : int
         Bootstrap resamples of the intervals.
     overwrite : bool
         Replace an earlier evaluation.
-    device, encoder_weights, allow_code, progress
+    allow_seen : bool
+        Score images that the run was trained on as well.
+    device, batch_size, precision, encoder_weights, allow_code, progress
         See `celltyper.infer`.
 
     Returns
@@ -91,16 +91,40 @@ def evaluate_run(
     folder = _free(
         Path(output) if output else (run if run.is_dir() else run.parent) / "eval", overwrite
     )
-    dataset = open_dataset(data)
+    place = pick_device(device)
+    autocast(place, precision)
+    facts = read_json(run / RUN_FILE) if run.is_dir() else {}
+    dataset = _at(_open(data, split, facts), mpp)
+    if not allow_seen:
+        _check_unseen(dataset, facts)
     model = load_model(
         run,
-        device=pick_device(device),
+        device=place,
         encoder_weights=encoder_weights,
         allow_code=allow_code,
     )
     _same_classes(model.classes, dataset)
-    predictions = list(_predict(model, dataset, mpp, progress=progress))
-    summary = evaluate(predictions, dataset, resamples=resamples)
+    scores, predictions = [], []
+    bar = tqdm(
+        dataset,
+        desc="eval",
+        unit="image",
+        disable=None if progress else True,
+        dynamic_ncols=True,
+    )
+    for sample in bar:
+        prediction = predict_image(
+            model,
+            sample.image,
+            sample.mpp,
+            batch_size=batch_size,
+            precision=precision,
+            name=sample.name,
+        )
+        scores.append(score_image(prediction, sample))
+        # The report needs the labels only; probability maps of a cohort would fill the memory.
+        predictions.append(replace(prediction, probabilities=prediction.probabilities[:, :0]))
+    summary = summarise(scores, model.classes, resamples=resamples)
     write_evaluation(folder, summary, predictions, dataset, run=run)
     return summary, folder
 
@@ -110,6 +134,8 @@ def evaluate_predictions(
     ref: str | Path,
     output: str | Path | None = None,
     *,
+    split: str | None = None,
+    mpp: float | None = None,
     resamples: int = 1000,
     overwrite: bool = False,
 ) -> tuple[Summary, Path]:
@@ -124,8 +150,8 @@ def evaluate_predictions(
         Annotated images of the same names.
     output : str or Path or None
         Folder to write; None is `pred`.
-    resamples, overwrite
-        See `evaluate_run`.
+    split, mpp, resamples, overwrite
+        See `evaluate_run`; the split is one that ``meta.json`` names.
 
     Returns
     -------
@@ -136,8 +162,9 @@ def evaluate_predictions(
     DataError, ConfigError
         For wrong input, before anything is written.
     """
+    check_mpp(mpp)
     folder = _free(Path(output) if output else Path(pred), overwrite)
-    dataset = open_dataset(ref)
+    dataset = _at(open_dataset(ref, split), mpp)
     facts: dict[str, Any] = {}
     if (Path(pred) / INDEX_FILE).is_file():
         facts = read_index(pred)
@@ -206,7 +233,7 @@ def metrics_json(summary: Summary, dataset: Dataset) -> dict[str, Any]:
         "classes": list(summary.classes),
         "intervals": f"95 %, bootstrap over {summary.clusters}",
         "scores": {
-            name: {**_interval(estimate), "rule": SCORES[name]}
+            name: {**_interval(estimate), "rule": summary.rules[name]}
             for name, estimate in summary.scores.items()
         },
         "per_class": {
@@ -231,10 +258,10 @@ def summary_text(summary: Summary) -> str:
     str
     """
     lines = ["score         value  95 % interval  rule"]
-    for name in HEADLINES:
-        lines += _wrapped(f"{name:12}  {_value(summary.scores[name])}  ", SCORES[name])
+    for name, rule in summary.rules.items():
+        lines += _wrapped(f"{name:12}  {_value(summary.scores[name])}  ", rule)
     width = max(len(c) for c in ("class", *summary.classes))
-    lines += ["", f"{'class':{width}}  F1 (ref)  F_c (3 um)  F1 (IoU)     PQ  annotated  found"]
+    lines += ["", f"{'class':{width}}  F1 (ref)  F_c (near)  F1 (IoU)     PQ  annotated  found"]
     for name, row in summary.per_class.items():
         f1, typed, iou, pq, ref, found = (
             row[k].value for k in ("f1", "typed_f1", "typed_f1_iou", "pq", "reference", "predicted")
@@ -265,18 +292,38 @@ def _same_classes(classes: Sequence[str], dataset: Dataset) -> None:
         )
 
 
-def _predict(
-    model: CellTyper, dataset: Dataset, mpp: float | None, *, progress: bool
-) -> Iterator[Prediction]:
-    bar = tqdm(
-        dataset,
-        desc="infer",
-        unit="image",
-        disable=None if progress else True,
-        dynamic_ncols=True,
-    )
-    for sample in bar:
-        yield predict_image(model, sample.image, sample.mpp or mpp, name=sample.name)
+def _open(data: str | Path, split: str | None, facts: Mapping[str, Any]) -> Dataset:
+    """Open annotated images, or the part of them that the run or the dataset calls `split`."""
+    if split is None:
+        return open_dataset(data)
+    part = facts.get("data", {}).get(split)
+    if part and Path(part["path"]) == Path(data).absolute():
+        return open_dataset(data).subset(part["names"], f"{split} part of {data}")
+    return open_dataset(data, split)
+
+
+def _at(dataset: Dataset, mpp: float | None) -> Dataset:
+    """Override the resolution of a dataset."""
+    if mpp is None:
+        return dataset
+    return replace(dataset, mpp=mpp, read=lambda name: replace(dataset.read(name), mpp=mpp))
+
+
+def _check_unseen(dataset: Dataset, facts: Mapping[str, Any]) -> None:
+    """Refuse images, or patients, that the run was trained on."""
+    part = facts.get("data", {}).get("train")
+    if not part:
+        return
+    same = Path(part["path"]) == dataset.path.absolute()
+    names = set(part["names"]) if same else set()
+    # A group that is just the image's name says nothing about another folder.
+    groups = {g for n, g in zip(part["names"], part["groups"], strict=True) if g != n}
+    seen = [n for n in dataset.names if n in names or dataset.groups[n] in groups]
+    if seen:
+        raise DataError(
+            f"{len(seen)} of {len(dataset)} images of {dataset.path} are of the training data or "
+            f"its patients ({', '.join(seen[:5])}); pass --split to score others, or --allow-seen"
+        )
 
 
 def _certain(sample: Sample, classes: Sequence[str]) -> Prediction:

@@ -147,7 +147,7 @@ def run_facts(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "data": {
             part: {
-                "path": str(dataset.path),
+                "path": str(dataset.path.absolute()),
                 "images": len(dataset),
                 "names": list(dataset.names),
                 "groups": [dataset.groups[name] for name in dataset.names],

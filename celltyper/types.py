@@ -9,18 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NewType, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from celltyper.errors import DataError
-
-Microns = NewType("Microns", float)
-"""A length in micrometres."""
-
-MicronsPerPixel = NewType("MicronsPerPixel", float)
-"""A resolution in micrometres per pixel."""
 
 Image = NDArray[np.uint8]
 """RGB image, ``(H, W, 3)`` uint8."""

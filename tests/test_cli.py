@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import shlex
 import shutil
 import subprocess
@@ -448,3 +449,56 @@ def test_demo_says_which_part_own_data_lack(
     assert code == 2
     assert "lacks the folder train" in err
     assert err.count("\n") == 1
+
+
+def test_decoder_of_the_user_from_yaml_in_a_fresh_process(made_data: Path, tmp_path: Path) -> None:
+    examples = Path(__file__).parents[1] / "examples"
+    env = os.environ | {"PYTHONPATH": str(examples), "OMP_NUM_THREADS": "1"}
+    settings = [f"data.root={made_data}", "encoder.weights=twin", "train.steps=1", "data.tile=64"]
+    settings += ["train.batch_size=2", "train.warmup=0", "infer.overlap=16"]
+    base = [sys.executable, "-m", "celltyper"]
+    train = [*base, "train", str(examples / "custom_decoder.yaml"), "-o", "run", "--device", "cpu"]
+    train += [word for s in settings for word in ("--set", s)]
+    subprocess.run(train, check=True, cwd=tmp_path, env=env)
+    score = [*base, "eval", "run", str(made_data / "test"), "--device", "cpu", "--quiet"]
+    refused = subprocess.run(
+        score, check=False, cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "--allow-code" in refused.stderr
+    subprocess.run([*score, "--allow-code"], check=True, cwd=tmp_path, env=env)
+
+
+def test_images_of_the_training_are_not_scored_unasked(
+    celltyper_command: Run, trained: Path, made_data: Path, tmp_path: Path
+) -> None:
+    command = ("eval", trained, made_data / "train", "-o", tmp_path / "e")
+    refused = celltyper_command(*command)
+    assert refused.code == 2
+    assert "3 of 3 images" in refused.err
+    assert not (tmp_path / "e").exists()
+    assert celltyper_command(*command, "--allow-seen").code == 0
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_result(
+    celltyper_command: Run, trained: Path, made_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    images = sorted((made_data / "test" / "images").iterdir())
+    options = ("-m", trained, "--mpp", "0.5", "--overwrite")
+    for some in (images, images[:1], images):
+        assert celltyper_command("infer", *some, "-o", out, *options).code == 0
+    assert names(out) == {"cells.parquet", "infer.json", "notes.txt", "test5", "test6"}
+    assert celltyper_command("infer", images[0], "-o", out, *options).code == 0
+    assert {"test5", "test6"}.isdisjoint(names(out))
+    into_run = celltyper_command("infer", images[0], "-o", trained, *options)
+    assert into_run.code == 2
+    assert "holds a run" in into_run.err
+
+
+def test_model_options_without_a_model_are_refused(celltyper_command: Run) -> None:
+    refused = celltyper_command("eval", "--pred", "a", "--ref", "b", "--device", "cuda:9")
+    assert refused.code == 2
+    assert "--device is for RUN and DATA" in refused.err

@@ -586,7 +586,7 @@ def test_resampling_does_not_alias() -> None:
 
 def test_lost_nuclei_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     labels = np.zeros((8, 8), np.int32)
-    labels[0, 0], labels[5:, 5:] = 2, 1
+    labels[4:, 4:], labels[7, 7] = 1, 2
     table = np.array([0, 1, 2], np.uint8)
     sample = Sample(np.zeros((8, 8, 3), np.uint8), labels, table, "tiny", mpp=0.25)
     found = resample(sample, 1.0)

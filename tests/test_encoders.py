@@ -130,6 +130,25 @@ def test_feature_blocks_are_quarters_or_as_named() -> None:
             TimmViT(model, blocks=wrong)
 
 
+def test_blocks_behind_the_last_map_are_not_computed() -> None:
+    encoder = load_encoder("uni", "twin", "full", feature_blocks=(0, 2))
+    computed = []
+    for i, block in enumerate(encoder.model.blocks):
+        block.register_forward_hook(lambda *_, i=i: computed.append(i))
+    images = torch.rand(2, 3, 32, 48)
+    first, last = encoder(images)
+    assert computed == [0, 1, 2]
+    computed.clear()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.card.mean, encoder.card.std))
+    raw = encoder.model.forward_intermediates(
+        (images - mean) / std, indices=[0, 2], stop_early=False, intermediates_only=True
+    )
+    assert computed == [0, 1, 2, 3]
+    torch.testing.assert_close(first, raw[0], rtol=0, atol=0)
+    normed = encoder.model.norm(raw[1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(last, normed)
+
+
 def test_random_weights_follow_the_seed_and_leave_the_global_state_alone() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
@@ -155,8 +157,25 @@ def test_few_fields_are_resampled_by_blocks() -> None:
     predictions, samples = many(2, n=2)
     summary = evaluate(predictions, samples, resamples=50)
     assert "2 blocks of 256 px (fewer than 8 patients or fields)" in summary.clusters
-    assert np.isnan(summary.scores["bpq"].low)
+    assert not np.isnan(summary.scores["bpq"].low)
     assert not np.isnan(summary.scores["bpq_plus"].low)
+    one = evaluate(predictions[:1], samples[:1], resamples=50)
+    assert np.isnan(one.scores["aji"].low)
+
+
+def test_two_predictions_of_one_image_are_refused() -> None:
+    predictions, samples = many(4, n=2)
+    with pytest.raises(ValueError, match="two predictions for image '0': keep one"):
+        evaluate([*predictions, predictions[0]], samples)
+
+
+def test_unknown_resolution_is_said_in_the_rule() -> None:
+    predictions, samples = many(5, n=1)
+    without = [replace(samples[0], mpp=None)]
+    summary = evaluate([replace(predictions[0], mpp=None)], without, resamples=0)
+    assert "within 12 px (resolution unknown)" in summary.rules["detection_f1"]
+    known = evaluate(predictions, samples, resamples=0)
+    assert "within 3 um" in known.rules["detection_f1"]
 
 
 def test_nothing_annotated_and_nothing_found_is_not_zero() -> None:

@@ -29,6 +29,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+def commands() -> list[list[str]]:
+    """Words of every ``celltyper X ...`` line."""
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [w for w in words if w[:1] == ["celltyper"]]
+
+
 @pytest.fixture
 def workplace(made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the README takes for granted: DATA, image.png."""
@@ -40,11 +47,9 @@ def workplace(made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_commands_run(workplace: Path) -> None:
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    commands = [shlex.split(line) for line in lines if line.startswith("celltyper ")]
-    assert [c[1] for c in commands] == ["train", "train", "infer", "eval", "eval"]
+    assert [c[1] for c in commands()] == ["train", "train", "infer", "eval", "eval"]
     shutil.rmtree(workplace / "DATA" / "val")
-    for command in commands:
+    for command in commands():
         extra = shlex.split(TINY) if command[1] == "train" else []
         if "--pred" in command:
             shutil.rmtree(workplace / "out")
@@ -77,6 +82,7 @@ def test_every_link_leads_somewhere() -> None:
 
 
 def test_mentioned_options_exist() -> None:
-    shown = set(re.findall(r"(--[a-z][a-z-]+)", " ".join(blocks("bash"))))
-    known = {o for command in cli.commands.values() for p in command.params for o in p.opts}
-    assert shown <= known
+    for command in commands():
+        known = {o for p in cli.commands[command[1]].params for o in p.opts} | {"-h", "--help"}
+        shown = {word.split("=")[0] for word in command[2:] if re.match("--?[a-z]", word)}
+        assert shown <= known, command

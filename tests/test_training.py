@@ -51,7 +51,8 @@ def test_run_folder_holds_what_is_needed_to_know_it(
     assert facts["data"]["val"] == {
         "path": str(made_data / "val"),
         "images": 1,
-        "groups": 1,
+        "names": ["val4"],
+        "groups": ["val4"],
         "cells": {"blue": 6, "brown": 6},
     }
     assert facts["trainability"]["adapt"] == "full"
@@ -123,6 +124,44 @@ def test_sigkill_at_any_moment(tiny: Tiny, made_data: Path, tmp_path: Path) -> N
             process.wait()
         time.sleep(0.1)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), ("encoder.options={feature_blocks: [0, 1]}",)])
+def test_two_processes_save_what_they_trained(
+    tiny: Tiny, made_data: Path, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    """Halves of one batch on two processes end near the whole batch on one, and resume."""
+    settings = ("train.ema=0.5", "train.steps=4", "decoder.name=linear", *overrides)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
+    for steps, more in ((2, []), (4, ["--resume"]), (4, ["--overwrite"])):
+        config = tiny(made_data, *settings, "train.batch_size=2", f"train.steps={steps}")
+        (tmp_path / "c.yaml").write_text(dump_config(config))
+        command = ["-m", "celltyper", "train", str(tmp_path / "c.yaml"), "--device", "cpu"]
+        command += ["-o", str(tmp_path / f"run{steps}"), *more]
+        subprocess.run([sys.executable, *torchrun, *command], check=True, env=env)
+    start = train(
+        tiny(made_data, *settings, "train.lr=1e-12", "train.batch_size=4"),
+        tmp_path / "start",
+        device="cpu",
+        progress=False,
+    )
+    one = train(
+        tiny(made_data, *settings, "train.batch_size=4"),
+        tmp_path / "one",
+        device="cpu",
+        progress=False,
+    )
+    first, whole, halves = (
+        torch.cat([t.flatten() for k, t in sorted(tensors.items()) if k.startswith("model.heads")])
+        for tensors, _ in (
+            read_tensors(r / "last.safetensors") for r in (start, one, tmp_path / "run4")
+        )
+    )
+    assert (halves - first).abs().max() > 1e-4
+    # Batch statistics are those of each half, so the steps are alike, not the same.
+    assert torch.cosine_similarity(whole - first, halves - first, dim=0) > 0.8
 
 
 @pytest.mark.parametrize("adapt", ["frozen", "lora"])

@@ -9,7 +9,7 @@ from PIL import Image as PillowImage
 
 from celltyper.datasets.dataset import listing
 from celltyper.errors import DataError
-from celltyper.labels import label_ids
+from celltyper.labels import label_ids, resize_labels
 from celltyper.types import Image, Sample
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,10 @@ def resample(sample: Sample, mpp: float) -> Sample:
     Returns
     -------
     Sample
-        Image by Lanczos with the support of the larger pixel (no aliasing), labels by nearest
-        neighbour; ids stay. The new height and width are rounded, at least 1. A nucleus smaller
-        than a pixel may fall between the samples: such losses are logged as a
-        warning with their ids.
+        Image by Lanczos with the support of the larger pixel (no aliasing), labels by
+        `resize_labels`; ids stay. The new height and width are rounded, at least 1. A nucleus
+        smaller than a pixel may lose it to another nucleus: such losses are logged as a warning
+        with their ids.
 
     Raises
     ------
@@ -54,11 +54,7 @@ def resample(sample: Sample, mpp: float) -> Sample:
         max(1, round(height * sample.mpp / mpp)),
         max(1, round(width * sample.mpp / mpp)),
     )
-    rows, cols = (
-        ((np.arange(new) + 0.5) * old / new).astype(np.int64)
-        for new, old in zip(shape, (height, width), strict=True)
-    )
-    labels = np.ascontiguousarray(sample.labels[rows[:, None], cols])
+    labels = resize_labels(sample.labels, shape)
     lost = np.setdiff1d(label_ids(sample.labels), label_ids(labels))
     phenotypes = sample.phenotypes[: int(labels.max(initial=0)) + 1].copy()
     phenotypes[lost[lost < len(phenotypes)]] = 0
