@@ -24,10 +24,11 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Names and versions only, for Python 3.11 to 3.13 on Linux, macOS and Windows; needs uv.
+# Names and versions only, for Python 3.11 to 3.13 on Linux, macOS and Windows; needs uv, which
+# keeps the versions that are locked already (--upgrade-package NAME moves one).
 lock:
 	uv pip compile --universal --python-version 3.11 --group dev --no-header --no-annotate \
-		--no-emit-index-url --constraint torch.constraint pyproject.toml --output-file requirements.lock
+		--no-emit-index-url pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist

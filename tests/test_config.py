@@ -78,3 +78,11 @@ def test_recipes_hold_only_what_they_choose(name: str) -> None:
     same = [k for k, v in given.items() if k in defaults and defaults[k] == v]
     # Which encoder, decoder and instance method is what a recipe is called after.
     assert set(same) <= {"encoder.name", "encoder.adapt", "decoder.name", "instances.method"}
+
+
+def test_annotated_config_shows_every_key_with_its_default() -> None:
+    import yaml
+
+    path = Path(__file__).parents[1] / "docs" / "config.yaml"
+    assert yaml.safe_load(path.read_text()) == Config().model_dump(mode="json")
+    assert load_config(path) == Config()
