@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,8 @@ def train(
     check_log(config.train.log)
     train_data, val_data = training_data(config.data, config.seed)
     samples = list(train_data)
-    config = _resolved(config, train_data, [*samples, *val_data])
+    # Validation images are read here once, so that wrong labels are found before training.
+    config = _resolved(config, train_data, chain(samples, val_data))
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
         gradient_accumulation_steps=config.train.accumulate,
@@ -126,8 +128,6 @@ def train(
         check_output(output, config, resume=resume, overwrite=overwrite)
     model = build_model(config, train_data.classes, config.data.mpp, train_data.colors)
     samples = [_at_mpp(sample, config.data.mpp) for sample in samples]
-    for _ in val_data:  # wrong labels are found here, not at the first validation
-        pass
     sampler = TileSampler(
         samples, round(SURROUND * config.data.tile), config.data.balance, config.seed
     )
@@ -232,7 +232,7 @@ def _diverged(loss: float, step: int, output: Path, settings: Train) -> str:
     )
 
 
-def _resolved(config: Config, data: Dataset, samples: Sequence[Sample]) -> Config:
+def _resolved(config: Config, data: Dataset, samples: Iterable[Sample]) -> Config:
     """Write into the config what was decided from the data: absolute paths, resolution."""
     mpp = config.data.mpp or data.mpp
     found = {sample.mpp for sample in samples}
