@@ -227,11 +227,12 @@ def encoders(name: str | None) -> None:
         for key, value in load_card(name).model_dump(mode="json").items():
             click.echo(f"{key:16} {value}")
         return
-    click.echo(f"{'name':28} {'patch':>5} {'dim':>5} {'input':>5} {'mpp':>5}  licence")
+    width = max(map(len, list_cards()))
+    click.echo(f"{'name':{width}} {'patch':>5} {'dim':>5} {'input':>5} {'mpp':>5}  licence")
     for card in map(load_card, list_cards()):
         gate = " (gated)" if card.gated else ""
         click.echo(
-            f"{card.name:28} {card.patch_size:>5} {card.embed_dim:>5} {card.input_size:>5} "
+            f"{card.name:{width}} {card.patch_size:>5} {card.embed_dim:>5} {card.input_size:>5} "
             f"{card.mpp or '-':>5}  {card.licence}{gate}"
         )
 

@@ -72,7 +72,7 @@ def run_demo(
             raise DataError(f"{source} lacks the folder {missing[0]}: the demo needs {PARTS}")
     overrides = [f"data.root={source}"]
     if quick:
-        overrides += ["train.steps=45", "train.warmup=5", "train.validate_every=15"]
+        overrides += ["train.steps=40", "train.warmup=4", "train.validate_every=20"]
     run, test = output / "run", source / "test"
     mpp = open_dataset(test).mpp
 

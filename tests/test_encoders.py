@@ -21,24 +21,12 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from celltyper.encoders import find_card, list_cards, load_card, load_encoder
+from celltyper.encoders import find_card, load_card, load_encoder
 from celltyper.encoders.foreign import build_timm_model
 from celltyper.encoders.vit import TimmViT
 from celltyper.encoders.weights import from_dinov2_hf, load_weights, read_weights
 from celltyper.errors import CheckpointError, ConfigError
 from celltyper.testing import check_encoder
-
-# millions of parameters as published, an account of the architectures that is not ours
-PUBLISHED_SIZE = {
-    "h-optimus-0": 1135,
-    "phikon-v2": 303,
-    "uni": 303,
-    "uni2-h": 681,
-    "virchow2": 631,
-    "vit_small_patch14_dinov2": 22,
-    "vit_small_patch16": 22,
-    "vit_tiny_patch16": 5.5,
-}
 
 
 @pytest.fixture
@@ -46,32 +34,6 @@ def tiny() -> TimmViT:
     encoder = load_encoder("vit_tiny_patch16", weights="twin", adapt="full")
     assert isinstance(encoder, TimmViT)
     return encoder
-
-
-@pytest.mark.parametrize("name", list_cards())
-def test_card_describes_its_architecture(name: str) -> None:
-    card = load_card(name)
-    with torch.device("meta"):
-        model = build_timm_model(card)
-    assert model.embed_dim == card.embed_dim
-    assert model.num_prefix_tokens == card.prefix_tokens
-    assert model.patch_embed.patch_size == (card.patch_size, card.patch_size)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    assert millions == pytest.approx(PUBLISHED_SIZE[name], rel=0.02)
-    assert not card.gated or card.gate_page
-
-
-@pytest.mark.parametrize("name", list_cards())
-def test_twin_fits_the_contract_and_has_the_layout_of_its_card(name: str) -> None:
-    card = load_card(name)
-    encoder = load_encoder(name, weights="twin", adapt="full")
-    check_encoder(encoder)
-    assert encoder.patch_size == card.patch_size
-    assert encoder.model.num_prefix_tokens == card.prefix_tokens
-    assert sum(p.numel() for p in encoder.parameters()) < 1e6
-    assert type(encoder.model.blocks[0].mlp) is type(
-        timm.create_model("vit_tiny_patch16_224").blocks[0].mlp
-    ) or name in ("h-optimus-0", "uni2-h", "virchow2")
 
 
 def test_maps_are_those_of_timm_with_the_last_one_normed(tiny: TimmViT) -> None:

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from celltyper.encoders.cards import EncoderCard
 from celltyper.errors import CheckpointError
 
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "pytorch_model_vision.bin",
+)
 """File names that are looked for on the hub, in this order."""
 
 _NESTS = ("state_dict", "model", "teacher")
@@ -76,7 +81,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     """Put tensors into a timm vision transformer; every one must find its place.
 
     Wrapper prefixes are stripped, the classifier is dropped, and the position embedding is
-    resampled to the model's grid. Values take the dtype of the model.
+    resampled to the model's grid. Of a vision-language model only the vision transformer behind
+    ``trunk.`` is taken. Values take the dtype of the model.
 
     Parameters
     ----------
@@ -93,7 +99,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         If keys are missing, left over or of another shape; the first few are listed.
     """
     expected = model.state_dict()
-    found = _strip_prefixes(tensors, set(expected))
+    found = _strip_prefixes(_trunk(tensors), set(expected))
     found = {k: v for k, v in found.items() if k in expected or k not in _UNUSED}
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected))
@@ -229,6 +235,14 @@ def _dinov2_name(key: str) -> str:
     for old, new in _DINOV2_NAMES:
         key = key.replace(old, new)
     return key
+
+
+def _trunk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # CONCH and CONCH v1.5 hold poolers, and CONCH a text encoder, beside the trunk
+    parts = [(f".{key}".partition(".trunk."), value) for key, value in tensors.items()]
+    trunk = {name: value for (_, found, name), value in parts if found}
+    several = len({before for (before, found, _), _ in parts if found}) > 1
+    return dict(tensors) if several or not trunk else trunk
 
 
 def _strip_prefixes(tensors: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
