@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +29,14 @@ from celltyper.metrics.matching import Matches, match_iou, overlap, types_of
 from celltyper.metrics.panoptic import mpq_pannuke, mpq_plus, pq_of_counts
 from celltyper.metrics.ratios import mean_of_known, ratio
 from celltyper.metrics.reference import class_f1, macro_f1, reference_instance_classes
+from celltyper.metrics.tallies import (
+    Objects,
+    tally,
+    tally_found,
+    tally_pairs,
+    tally_quality,
+    tally_typed,
+)
 from celltyper.types import Prediction, Sample
 
 Values = NDArray[np.float64]
@@ -230,11 +237,8 @@ def summarise(
     Summary
     """
     clusters, text = _clusters(images)
-    n, k = (
-        max((int(c.max(initial=-1)) for pair in clusters for c in pair), default=-1) + 1,
-        len(classes),
-    )
-    n = max(n, 1)
+    n = 1 + max((int(c.max(initial=0)) for pair in clusters for c in pair), default=0)
+    k = len(classes)
     sums = {
         "confusion": np.zeros((n, k + 1, k + 1)),
         "near": np.zeros((n, k + 1, 5)),
@@ -245,15 +249,13 @@ def summarise(
     }
     pairs = np.zeros((k + 1, k + 1), np.int64)
     for image, (ref, pred) in zip(images, clusters, strict=True):
-        _add(sums["confusion"], (ref, image.true, image.seen), 1)
-        _add_pairs(sums["near"], image, image.near, ref, pred)
-        _add_pairs(sums["loose"], image, image.loose, ref, pred)
-        _add_found(sums["found"], image, image.near, ref, pred)
-        _add_quality(sums["class_pq"], sums["pq"], image, ref, pred)
-        alone_ref, alone_pred = _unpaired(image, image.near)
-        _add(pairs, (image.true[image.near.ref], image.guess[image.near.pred]), 1)
-        _add(pairs, (image.true[alone_ref], 0), 1)
-        _add(pairs, (0, image.guess[alone_pred]), 1)
+        objects = Objects(image.true, image.guess, ref, pred)
+        tally(sums["confusion"], (ref, image.true, image.seen), 1)
+        tally_typed(sums["near"], objects, image.near)
+        tally_typed(sums["loose"], objects, image.loose)
+        tally_found(sums["found"], objects, image.near)
+        tally_quality(sums["class_pq"], sums["pq"], objects, image.strict)
+        tally_pairs(pairs, objects, image.near)
 
     def estimate(counts: Values, statistic: Callable[[Values], Values]) -> Estimate:
         value = float(statistic(counts.sum(0)))
@@ -265,7 +267,7 @@ def summarise(
     per_image = _per_image(images, k)
     groups, by_image = np.unique([i.group for i in images], return_inverse=True)
     moments = np.zeros((len(groups), k, 4))
-    _add(moments, by_image, per_image["moments"])
+    tally(moments, by_image, per_image["moments"])
 
     def of_class(counts: Values, score: Callable[[Values], Values], c: int) -> Estimate:
         return estimate(counts, lambda s: score(s)[..., c])
@@ -274,7 +276,7 @@ def summarise(
         known = ~np.isnan(values)
         parts = np.stack([np.where(known, values, 0), known], axis=-1)
         counts = np.zeros((len(groups), 2))
-        _add(counts, by_image, parts)
+        tally(counts, by_image, parts)
         return estimate(counts, lambda s: ratio(s[..., 0], s[..., 1]))
 
     near, loose, quality = (sums[key][:, 1:] for key in ("near", "loose", "class_pq"))
@@ -388,77 +390,14 @@ def _clusters(
     return clusters, f"{used} blocks of {BLOCK_PX} px (fewer than {MIN_GROUPS} patients or fields)"
 
 
-def _unpaired(image: ImageScores, pairs: Matches) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    ref = np.setdiff1d(np.arange(len(image.true)), pairs.ref)
-    return ref, np.setdiff1d(np.arange(len(image.guess)), pairs.pred)
-
-
-def _add(sums: NDArray[Any], index: tuple[Any, ...] | NDArray[Any], values: Any) -> None:
-    """Add values at indices that may repeat."""
-    np.add.at(sums, index, values)
-
-
-def _add_pairs(
-    sums: Values,
-    image: ImageScores,
-    pairs: Matches,
-    ref: NDArray[np.int64],
-    pred: NDArray[np.int64],
-) -> None:
-    """Add to sums (clusters, K + 1, 5) what `celltyper.metrics.typed_f1` needs."""
-    true, guess, cluster = image.true[pairs.ref], image.guess[pairs.pred], ref[pairs.ref]
-    same, other = true == guess, true != guess
-    _add(sums, (cluster[same], true[same], 0), 1)
-    _add(sums, (cluster[other], guess[other], 1), 1)
-    _add(sums, (cluster[other], true[other], 2), 1)
-    alone_ref, alone_pred = _unpaired(image, pairs)
-    _add(sums, (pred[alone_pred], image.guess[alone_pred], 3), 1)
-    _add(sums, (ref[alone_ref], image.true[alone_ref], 4), 1)
-
-
-def _add_found(
-    sums: Values,
-    image: ImageScores,
-    pairs: Matches,
-    ref: NDArray[np.int64],
-    pred: NDArray[np.int64],
-) -> None:
-    """Add to sums (clusters, 3) true positives, false positives and misses."""
-    alone_ref, alone_pred = _unpaired(image, pairs)
-    _add(sums, (ref[pairs.ref], 0), 1)
-    _add(sums, (pred[alone_pred], 1), 1)
-    _add(sums, (ref[alone_ref], 2), 1)
-
-
-def _add_quality(
-    by_class: Values,
-    binary: Values,
-    image: ImageScores,
-    ref: NDArray[np.int64],
-    pred: NDArray[np.int64],
-) -> None:
-    """Add ``tp, fp, fn, iou`` per cluster; a pair of two classes is fp of one, fn of the other."""
-    pairs = image.strict
-    true, guess, cluster = image.true[pairs.ref], image.guess[pairs.pred], ref[pairs.ref]
-    same, other = true == guess, true != guess
-    _add(by_class, (cluster[same], true[same], 0), 1)
-    _add(by_class, (cluster[same], true[same], 3), pairs.score[same])
-    _add(by_class, (cluster[other], guess[other], 1), 1)
-    _add(by_class, (cluster[other], true[other], 2), 1)
-    alone_ref, alone_pred = _unpaired(image, pairs)
-    _add(by_class, (pred[alone_pred], image.guess[alone_pred], 1), 1)
-    _add(by_class, (ref[alone_ref], image.true[alone_ref], 2), 1)
-    _add_found(binary, image, pairs, ref, pred)
-    _add(binary, (cluster, 3), pairs.score)
-
-
 def _per_image(images: Sequence[ImageScores], n_classes: int) -> dict[str, Values]:
     """bPQ, mPQ, AJI and count moments of every image."""
     bpq, mpq, moments = [], [], []
     for image in images:
         by_class, binary = np.zeros((1, n_classes + 1, 4)), np.zeros((1, 4))
         ref, pred = np.zeros(len(image.true), np.int64), np.zeros(len(image.guess), np.int64)
-        _add_quality(by_class, binary, image, ref, pred)
+        objects = Objects(image.true, image.guess, ref, pred)
+        tally_quality(by_class, binary, objects, image.strict)
         bpq.append(float(pq_of_counts(binary[0])))
         mpq.append(float(mpq_pannuke(by_class[0, 1:])))
         counts = [np.bincount(c, minlength=n_classes + 1)[1:] for c in (image.true, image.guess)]

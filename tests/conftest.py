@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from skimage.draw import disk
 
+from celltyper.__main__ import main
 from celltyper.config import Config, parse_config
 from celltyper.datasets import write_folder
 from celltyper.types import Sample
@@ -80,3 +83,30 @@ def made_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         samples = [made_sample(seed, f"{part}{seed}") for seed in seeds]
         write_folder(root / part, samples, ("blue", "brown"), 0.5)
     return root
+
+
+class Outcome(NamedTuple):
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def celltyper_command(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
+    """Run ``celltyper ...`` in this process; the log is put back as it was."""
+    logger = logging.getLogger("celltyper")
+    kept = logger.handlers, logger.propagate, logger.level
+
+    def run(*words: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        captured = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return Outcome(stop.value.code, captured.out, captured.err)
+
+    yield run
+    logger.handlers, logger.propagate = kept[:2]
+    logger.setLevel(kept[2])
