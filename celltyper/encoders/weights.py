@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -158,6 +159,8 @@ def download_weights(card: EncoderCard) -> Path:
             f"encoder {card.name!r} has no published weights; use encoder.weights=random or PATH"
         )
     where = f"{card.hub_id} (revision {card.revision or 'main'})"
+    # Its retries end in the one line that we raise.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for filename in WEIGHTS_FILES:
         try:
             return Path(hf_hub_download(card.hub_id, filename, revision=card.revision))
