@@ -61,15 +61,22 @@ def run_demo(
         If `output` holds something else.
     """
     output = Path(output)
-    _make_room(output, overwrite)
+    _check_room(output, overwrite)
     if data is None:
-        source = output / "data"
-        demo_split(fetch_hgsc(), source)
+        source, fields = output / "data", fetch_hgsc()
     else:
-        source = Path(data)
+        source, fields = Path(data), None
         missing = [part for part in PARTS if not (source / part).is_dir()]
         if missing:
-            raise DataError(f"{source} lacks the folder {missing[0]}: the demo needs {PARTS}")
+            raise DataError(
+                f"{source} lacks the folder {missing[0]}: the demo needs {', '.join(PARTS)}"
+            )
+    # Nothing of an earlier demonstration goes before its successor has what it needs.
+    shutil.rmtree(output / "run", ignore_errors=True)
+    make_folder(output)
+    write_text(output / MARK, "")
+    if fields is not None:
+        demo_split(fields, source)
     overrides = [f"data.root={source}"]
     if quick:
         overrides += ["train.steps=40", "train.warmup=4", "train.validate_every=20"]
@@ -91,8 +98,8 @@ def run_demo(
     return folder / "report.html"
 
 
-def _make_room(output: Path, overwrite: bool) -> None:
-    """Leave an empty folder, but never remove what no demonstration wrote."""
+def _check_room(output: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds anything but an earlier demonstration to be replaced."""
     if output.is_dir() and any(output.iterdir()):
         if not (output / MARK).is_file():
             raise ConfigError(f"{output} holds other files; give an empty or new folder")
@@ -100,9 +107,6 @@ def _make_room(output: Path, overwrite: bool) -> None:
             raise ConfigError(
                 f"{output} already holds a demonstration; pass --overwrite or another folder"
             )
-        shutil.rmtree(output / "run", ignore_errors=True)
-    make_folder(output)
-    write_text(output / MARK, "")
 
 
 def _shown(*words: object) -> str:
