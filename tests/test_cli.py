@@ -477,3 +477,19 @@ def test_model_options_without_a_model_are_refused(celltyper_command: Run) -> No
     refused = celltyper_command("eval", "--pred", "a", "--ref", "b", "--device", "cuda:9")
     assert refused.code == 2
     assert "--device is for RUN and DATA" in refused.err
+
+
+def test_demo_without_its_data_leaves_the_earlier_one(
+    celltyper_command: Run, tmp_path: Path
+) -> None:
+    earlier = tmp_path / "demo" / "run" / "model.safetensors"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_bytes(b"earlier")
+    (tmp_path / "demo" / ".celltyper-demo").touch()
+    (tmp_path / "empty").mkdir()
+    refused = celltyper_command(
+        "demo", "-o", tmp_path / "demo", "--overwrite", "--data", tmp_path / "empty"
+    )
+    assert refused.code == 2
+    assert "lacks the folder train" in refused.err
+    assert earlier.read_bytes() == b"earlier"
