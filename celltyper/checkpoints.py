@@ -24,7 +24,7 @@ from torch import Tensor
 from celltyper import __version__
 from celltyper.atomic import atomic_path
 from celltyper.config import Config, one_line, parse_config
-from celltyper.encoders.adapt import fingerprint
+from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import CheckpointError
 from celltyper.models import CellTyper, build_model
 

@@ -35,7 +35,7 @@ from celltyper.checkpoints import (
 from celltyper.config import Config, Data, Loss, Train
 from celltyper.datasets import Dataset, open_dataset, resample, split_by_group
 from celltyper.datasets.tiles import TileSampler
-from celltyper.encoders.adapt import check_trainability, parameter_digest
+from celltyper.encoders.trainability import check_trainability, parameter_digest
 from celltyper.errors import ConfigError, DataError, TrainingError
 from celltyper.evaluation import SCORES, score_image, summarise
 from celltyper.losses import effective_class_weights

@@ -8,14 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from celltyper.encoders import load_encoder
-from celltyper.encoders.adapt import (
-    add_lora,
-    check_trainability,
-    fingerprint,
-    freeze,
-    merge_lora,
-    parameter_digest,
-)
+from celltyper.encoders.adapt import add_lora, freeze, merge_lora
+from celltyper.encoders.trainability import check_trainability, fingerprint, parameter_digest
 from celltyper.errors import ConfigError, TrainingError
 from celltyper.testing import check_encoder
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celltyper.encoders import list_cards, load_card, load_encoder
-from celltyper.encoders.foreign import build_timm_model
-from celltyper.encoders.weights import from_dinov2_hf, load_weights, read_weights
+from celltyper.encoders.build import build_timm_model
+from celltyper.encoders.layouts import from_dinov2_hf
+from celltyper.encoders.weights import load_weights, read_weights
 from celltyper.errors import CheckpointError
 from celltyper.testing import check_encoder
 
@@ -187,7 +188,8 @@ def test_trunk_is_taken_out_of_a_vision_language_model(
         "logit_scale": torch.rand(()),
     }
     torch.save({f"{wrapper}{k}": v for k, v in whole.items()}, tmp_path / "pytorch_model.bin")
-    encoder = load_encoder(name, weights="twin", adapt="full", mean=(0, 0, 0), std=(1, 1, 1))
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1), "input_size": None}
+    encoder = load_encoder(name, weights="twin", adapt="full", **plain)
     load_weights(encoder.model, read_weights(tmp_path / "pytorch_model.bin"), "a file")
     images = torch.rand(2, 3, 64, 64)
     expected = vit_by_hand(theirs, images, heads=3, patch=16)

@@ -26,7 +26,16 @@ __all__ = ["EncoderCard", "find_card", "list_cards", "load_card", "load_encoder"
 Adapt = Literal["frozen", "lora", "full"]
 
 _LORA_OPTIONS = ("rank", "alpha", "dropout", "targets")
-_CARD_OPTIONS = ("feature_blocks", "embedding", "mean", "std")
+_CARD_OPTIONS = (
+    "feature_blocks",
+    "embedding",
+    "mean",
+    "std",
+    "input_size",
+    "resize",
+    "interpolation",
+    "scales",
+)
 
 
 def load_encoder(
@@ -35,6 +44,7 @@ def load_encoder(
     adapt: Adapt = "frozen",
     seed: int = 0,
     lora: Mapping[str, Any] | None = None,
+    magnify: float = 1.0,
     **options: Any,
 ) -> nn.Module:
     """Build an encoder, fill it with weights, and say what training may change.
@@ -56,8 +66,13 @@ def load_encoder(
     lora : mapping, optional
         Options of `celltyper.encoders.adapt.add_lora`: rank, alpha, dropout, targets. Used
         with ``adapt="lora"`` only.
+    magnify : float
+        Pixels that the network sees per pixel of the image, along a side, for feature maps:
+        2 shows it an image of 0.5 micrometres per pixel at 0.25. Rounded so that a patch is a
+        whole number of pixels of the image.
     **options
-        Replace what the card says: feature_blocks, embedding, mean, std.
+        Replace what the card says: feature_blocks, embedding, mean, std, input_size, resize,
+        interpolation, scales.
 
     Returns
     -------
@@ -86,7 +101,7 @@ def load_encoder(
     tensors = None if weights in ("random", "twin") else _read(card, weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = _build(card, twin=weights == "twin")
+        encoder = _build(card, twin=weights == "twin", magnify=magnify)
         if tensors is not None:
             from_hub = weights in ("auto", "hub")
             load_weights(encoder.model, tensors, str(card.hub_id if from_hub else weights))
@@ -137,22 +152,29 @@ def _with_options(card: EncoderCard, options: Mapping[str, Any]) -> EncoderCard:
         raise ConfigError(f"encoder option {first['loc'][0]}: {first['msg']}") from error
 
 
-def _build(card: EncoderCard, *, twin: bool) -> TimmViT:
-    from celltyper.encoders.foreign import build_timm_model
+def _build(card: EncoderCard, *, twin: bool, magnify: float) -> TimmViT:
+    from celltyper.encoders.build import build_timm_model
     from celltyper.encoders.vit import TimmViT
 
-    return TimmViT(
+    encoder = TimmViT(
         build_timm_model(card, twin=twin),
         blocks=card.feature_blocks,
         mean=card.mean,
         std=card.std,
         embedding=card.embedding,
-        card=card,
+        magnify=magnify,
+        input_size=card.input_size,
+        resize=card.resize,
+        interpolation=card.interpolation,
     )
+    encoder.card = card
+    return encoder
 
 
 def _read(card: EncoderCard, weights: str | Path) -> dict[str, Tensor]:
-    from celltyper.encoders.weights import download_weights, from_dinov2_hf, read_weights
+    from celltyper.encoders.hub import download_weights
+    from celltyper.encoders.layouts import from_dinov2_hf
+    from celltyper.encoders.weights import read_weights
 
     from_hub = weights in ("auto", "hub")
     tensors = read_weights(download_weights(card) if from_hub else Path(weights))

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from celltyper.errors import ConfigError, unknown_name
 
@@ -28,23 +28,39 @@ class EncoderCard(BaseModel):
     twin : dict
         Arguments that replace or join `timm_args` for a tiny random model of the same layout
         (patch size, prefix tokens, MLP kind), built by ``weights="twin"``.
+    family : {"vit", "pyramid"}
+        Plain vision transformer with maps of one grid; or a network whose maps get coarser with
+        depth (Swin, ConvNeXt, EfficientNet).
+    parameters : float or None
+        Millions of parameters, without classifier, as published.
     hub_id, revision : str or None
         Hugging Face repository and commit of the weights. A revision of None means the
         repository's main branch.
     key_layout : {"timm", "dinov2-hf"}
         Naming of the published weights; the second is that of transformers' ``Dinov2Model``.
-    input_size : int
-        Side in pixels to which patch mode resizes. Dense mode takes any size.
+    input_size : int or None
+        Side in pixels of the square that an embedding is computed of; None takes an image as it
+        is. Feature maps are computed at any size.
+    resize : int or None
+        Length to which the shorter side is scaled before the central `input_size` is cut out
+        for an embedding; None is `input_size`.
+    interpolation : {"bilinear", "bicubic"}
+        How images are scaled.
     mpp : float or None
         Micrometres per pixel of the training images, None if several or unknown.
     mean, std : tuple of 3 float
         Normalisation of RGB in [0, 1].
     patch_size, prefix_tokens, embed_dim : int
-        Patch side in pixels; class and register tokens; channels of a token.
+        Patch side in pixels (of a pyramid: its coarsest stride); class and register tokens;
+        channels of a token (of a pyramid: of its pooled embedding).
     feature_blocks : "quarters" or tuple of int
-        Blocks (from 0) whose maps go to the decoder.
+        Blocks (from 0) whose maps go to the decoder: the last of each quarter of the depth, or
+        as named. Of a pyramid: its levels, "quarters" being the last four.
     embedding : {"cls", "mean", "cls+mean"}
         Pooled embedding: class token, mean of patch tokens, or both behind each other.
+    scales : tuple of int
+        Enlargements at which an image is seen, 1 first; the features of all are joined
+        (see `celltyper.encoders.multiscale`).
     licence : str
         Licence of the weights.
     gated : bool
@@ -59,10 +75,14 @@ class EncoderCard(BaseModel):
     timm_name: str
     timm_args: dict[str, Any] = Field(default_factory=dict)
     twin: dict[str, Any] = Field(default_factory=dict)
+    family: Literal["vit", "pyramid"] = "vit"
+    parameters: float | None = Field(default=None, gt=0)
     hub_id: str | None = None
     revision: str | None = None
     key_layout: Literal["timm", "dinov2-hf"] = "timm"
-    input_size: int = Field(default=224, ge=1)
+    input_size: int | None = Field(default=224, ge=1)
+    resize: int | None = Field(default=None, ge=1)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mpp: float | None = Field(default=None, gt=0)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -71,10 +91,19 @@ class EncoderCard(BaseModel):
     embed_dim: int = Field(ge=1)
     feature_blocks: Literal["quarters"] | tuple[int, ...] = "quarters"
     embedding: EmbeddingRule = "cls"
+    scales: tuple[int, ...] = (1,)
     licence: str = "unknown"
     gated: bool = False
     gate_page: str = ""
     notes: str = ""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> EncoderCard:
+        if self.resize is not None and (self.input_size is None or self.resize < self.input_size):
+            raise ValueError(f"resize {self.resize} needs an input_size of at most as much")
+        if self.scales[:1] != (1,) or sorted(set(self.scales)) != list(self.scales):
+            raise ValueError(f"scales must ascend from 1, got {self.scales}")
+        return self
 
 
 def list_cards() -> list[str]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from celltyper.encoders.cards import EmbeddingRule, EncoderCard
+from celltyper.encoders.prepare import Prepare
 from celltyper.errors import ConfigError
 
 
@@ -31,21 +31,21 @@ class TimmViT(nn.Module):
         Normalisation of RGB in [0, 1].
     embedding : {"cls", "mean", "cls+mean"}
         Pooled embedding: class token, mean over patch tokens, or both behind each other.
-    card : EncoderCard, optional
-        Where the facts come from.
+    **preparation
+        Passed to `celltyper.encoders.prepare.Prepare`: magnify, input_size, resize,
+        interpolation.
 
     Attributes
     ----------
     channels : list of int
         Channels of every map.
     patch_size : int
-        Side of a patch in pixels.
+        Side of a patch in pixels of the image.
     embed_dim : int
         Length of the pooled embedding.
     """
 
-    mean: Tensor
-    std: Tensor
+    card: EncoderCard | None = None
 
     def __init__(
         self,
@@ -54,24 +54,22 @@ class TimmViT(nn.Module):
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         embedding: EmbeddingRule = "cls",
-        card: EncoderCard | None = None,
+        **preparation: Any,
     ) -> None:
         super().__init__()
         timm_model: Any = model
         self.model = timm_model
-        self.card = card
         self.blocks = _block_indices(blocks, len(timm_model.blocks))
         self.channels = [int(timm_model.embed_dim)] * len(self.blocks)
         rows, cols = timm_model.patch_embed.patch_size
         if rows != cols:
             raise ConfigError(f"patches must be square, this encoder has {rows} x {cols} px")
-        self.patch_size = int(rows)
+        self.prepare = Prepare(mean, std, int(rows), **preparation)
+        self.patch_size = self.prepare.patch_size
         if embedding != "mean" and getattr(timm_model, "cls_token", None) is None:
             raise ConfigError(f"embedding {embedding!r} needs a class token, which is not there")
         self.embedding = embedding
         self.embed_dim = self.channels[-1] * (2 if embedding == "cls+mean" else 1)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps of the chosen blocks.
@@ -87,11 +85,11 @@ class TimmViT(nn.Module):
             From shallow to deep. Where p does not divide the image, the last row and column of
             patches reach past its border, into a repeat of the border pixels.
         """
-        x = self._prepare(images)
+        x = self.prepare(images)
         tokens, maps = self.model.forward_intermediates(
             x, indices=self.blocks, norm=False, stop_early=True, output_fmt="NCHW"
         )
-        rows, cols = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+        rows, cols = (side // self.prepare.stride for side in x.shape[2:])
         last = tokens[:, self.model.num_prefix_tokens :].transpose(1, 2)
         maps[-1] = last.reshape(len(x), -1, rows, cols)
         return list(maps)
@@ -102,29 +100,20 @@ class TimmViT(nn.Module):
         Parameters
         ----------
         images : Tensor, shape (B, 3, H, W)
-            RGB in [0, 1].
+            RGB in [0, 1]; scaled and cut to the input size.
 
         Returns
         -------
         Tensor, shape (B, embed_dim)
             One vector an image.
         """
-        tokens = self.model.forward_features(self._prepare(images))
+        tokens = self.model.forward_features(self.prepare.whole(images))
         parts = []
         if self.embedding in ("cls", "cls+mean"):
             parts.append(tokens[:, 0])
         if self.embedding in ("mean", "cls+mean"):
             parts.append(tokens[:, self.model.num_prefix_tokens :].mean(dim=1))
         return torch.cat(parts, dim=1)
-
-    def _prepare(self, images: Tensor) -> Tensor:
-        p = self.patch_size
-        x = (images - self.mean) / self.std
-        bottom, right = -x.shape[2] % p, -x.shape[3] % p
-        if bottom or right:
-            # reflection fails where the image is smaller than the padding; a repeat never does
-            x = F.pad(x, (0, right, 0, bottom), mode="replicate")
-        return x
 
 
 def _block_indices(blocks: Sequence[int] | str, depth: int) -> list[int]:

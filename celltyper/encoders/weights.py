@@ -1,8 +1,7 @@
-"""Encoder weights from a local file or the Hugging Face hub, checked key by key."""
+"""Encoder weights from a file, checked key by key."""
 
 from __future__ import annotations
 
-import logging
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -14,19 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from celltyper.encoders.cards import EncoderCard
+from celltyper.encoders.layouts import strip_prefixes, take_trunk
 from celltyper.errors import CheckpointError
 
-WEIGHTS_FILES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "open_clip_model.safetensors",
-    "pytorch_model_vision.bin",
-)
-"""File names that are looked for on the hub, in this order."""
-
 _NESTS = ("state_dict", "model", "teacher")
-_PREFIXES = ("module.", "backbone.", "model.", "encoder.", "trunk.")
 # classifier and masked-patch token: used in pretraining only
 _UNUSED = ("head.weight", "head.bias", "mask_token", "embeddings.mask_token")
 
@@ -100,7 +90,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         If keys are missing, left over or of another shape; the first few are listed.
     """
     expected = model.state_dict()
-    found = _strip_prefixes(_trunk(tensors), set(expected))
+    found = strip_prefixes(take_trunk(tensors), set(expected))
     found = {k: v for k, v in found.items() if k in expected or k not in _UNUSED}
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected))
@@ -123,143 +113,6 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
             "name the encoder that they were made for"
         )
     model.load_state_dict(found)
-
-
-def download_weights(card: EncoderCard) -> Path:
-    """Fetch a card's weights from the Hugging Face hub, or find them in its cache.
-
-    Parameters
-    ----------
-    card : EncoderCard
-        With a `hub_id`.
-
-    Returns
-    -------
-    Path
-        The file in the hub's cache.
-
-    Raises
-    ------
-    CheckpointError
-        If the weights are gated, not there, or the hub is out of reach: with what to do.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    own_file = "or give a local file with encoder.weights=PATH"
-    if card.hub_id is None:
-        raise CheckpointError(
-            f"encoder {card.name!r} has no published weights; use encoder.weights=random or PATH"
-        )
-    where = f"{card.hub_id} (revision {card.revision or 'main'})"
-    # Its retries end in the one line that we raise.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    for filename in WEIGHTS_FILES:
-        try:
-            return Path(hf_hub_download(card.hub_id, filename, revision=card.revision))
-        except GatedRepoError as error:
-            page = card.gate_page or f"huggingface.co/{card.hub_id}"
-            raise CheckpointError(
-                f"encoder {card.name!r}: weights {where} are gated: accept the terms on {page}, "
-                f"run 'hf auth login', {own_file}"
-            ) from error
-        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-            raise CheckpointError(
-                f"encoder {card.name!r}: the hub has no {where}, or not for you: check the name, "
-                f"run 'hf auth login', {own_file}"
-            ) from error
-        except LocalEntryNotFoundError as error:
-            raise _out_of_reach(card, where) from error
-        except EntryNotFoundError:
-            continue
-        except OSError as error:
-            raise _out_of_reach(card, where) from error
-    raise CheckpointError(
-        f"encoder {card.name!r}: {where} has none of {', '.join(WEIGHTS_FILES)}; {own_file}"
-    )
-
-
-def from_dinov2_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of transformers' ``Dinov2Model`` to timm's naming.
-
-    Query, key and value are joined into timm's ``qkv``.
-
-    Parameters
-    ----------
-    tensors : mapping of str to Tensor
-        Weights such as ``encoder.layer.0.attention.attention.query.weight``.
-
-    Returns
-    -------
-    dict of str to Tensor
-        Weights such as ``blocks.0.attn.qkv.weight``; names that are not known stay as they are.
-    """
-    renamed: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        if ".attention.attention." in key:
-            if ".query." in key:
-                parts = [
-                    tensors[key.replace(".query.", f".{n}.")] for n in ("query", "key", "value")
-                ]
-                renamed[_dinov2_name(key.replace(".query.", ".qkv."))] = torch.cat(parts)
-            continue
-        renamed[_dinov2_name(key)] = value
-    if "reg_token" in renamed:
-        # timm's models with registers hold positions of patches only; the class token's is added
-        renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
-        renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
-    return renamed
-
-
-_DINOV2_NAMES = (
-    ("embeddings.cls_token", "cls_token"),
-    ("embeddings.register_tokens", "reg_token"),
-    ("embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
-    ("encoder.layer.", "blocks."),
-    ("attention.attention.qkv", "attn.qkv"),
-    ("attention.output.dense", "attn.proj"),
-    ("layer_scale1.lambda1", "ls1.gamma"),
-    ("layer_scale2.lambda1", "ls2.gamma"),
-    ("mlp.weights_in", "mlp.fc1"),
-    ("mlp.weights_out", "mlp.fc2"),
-    ("layernorm.", "norm."),
-)
-
-
-def _dinov2_name(key: str) -> str:
-    for old, new in _DINOV2_NAMES:
-        key = key.replace(old, new)
-    return key
-
-
-def _trunk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # CONCH and CONCH v1.5 hold poolers, and CONCH a text encoder, beside the trunk
-    parts = [(f".{key}".partition(".trunk."), value) for key, value in tensors.items()]
-    trunk = {name: value for (_, found, name), value in parts if found}
-    several = len({before for (before, found, _), _ in parts if found}) > 1
-    return dict(tensors) if several or not trunk else trunk
-
-
-def _strip_prefixes(tensors: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    found = dict(tensors)
-    while len(expected & set(found)) < len(expected):
-        for prefix in _PREFIXES:
-            stripped = {k.removeprefix(prefix): v for k, v in found.items()}
-            # a clash of names would drop a tensor without a word
-            if len(stripped) == len(found) and stripped.keys() != found.keys():
-                found = stripped
-                break
-        else:
-            break
-    return found
 
 
 def _resample_position(model: Any, position: Tensor, source: str) -> Tensor:
@@ -287,11 +140,3 @@ def _listing(what: str, names: list[str]) -> str:
         return ""
     more = ", ..." if len(names) > 3 else ""
     return f"{len(names)} {what} ({', '.join(names[:3])}{more})"
-
-
-def _out_of_reach(card: EncoderCard, where: str) -> CheckpointError:
-    return CheckpointError(
-        f"encoder {card.name!r}: weights {where} are not in the hub's cache and the hub is out of "
-        "reach: go online once, or use encoder.weights=PATH for a local file, or "
-        "encoder.weights=random"
-    )
