@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from celltyper.cells.table import cells_table
     from celltyper.checkpoints import load_model
     from celltyper.config import load_config
-    from celltyper.datasets import open_dataset, read_image
+    from celltyper.datasets import read_image
     from celltyper.encoders import load_encoder
     from celltyper.evaluation import evaluate
     from celltyper.inference import infer
     from celltyper.models import CellTyper
     from celltyper.predict import predict_image
+    from celltyper.readers import open_dataset
     from celltyper.training import train
     from celltyper.types import Prediction, Sample
 
@@ -35,7 +36,7 @@ _PUBLIC = {
     "load_config": "config",
     "load_encoder": "encoders",
     "load_model": "checkpoints",
-    "open_dataset": "datasets",
+    "open_dataset": "readers",
     "predict_image": "predict",
     "read_image": "datasets",
     "train": "training",

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from celltyper.atomic import make_folder, write_text
 from celltyper.config import load_config
-from celltyper.datasets import open_dataset
-from celltyper.datasets.hgsc import demo_split, fetch_hgsc
 from celltyper.errors import ConfigError, DataError
 from celltyper.inference import infer
+from celltyper.readers import open_dataset
+from celltyper.readers.hgsc import demo_split, fetch_hgsc
 from celltyper.results import evaluate_predictions, summary_text
 from celltyper.training import train
 

@@ -25,11 +25,11 @@ from celltyper.cells.table import cells_table, concat_cells, write_csv, write_pa
 from celltyper.checkpoints import load_model
 from celltyper.config import one_line
 from celltyper.datasets import read_image
-from celltyper.datasets.folder import files_by_stem
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.errors import ConfigError, DataError
 from celltyper.models import CellTyper
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
+from celltyper.readers.files import files_by_stem
 from celltyper.report.overlay import save_overlay
 from celltyper.runs import CONFIG_FILE
 from celltyper.types import Image, Prediction

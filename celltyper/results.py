@@ -17,12 +17,13 @@ from tqdm import tqdm
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_json, write_text
 from celltyper.checkpoints import load_model
-from celltyper.datasets import Dataset, open_dataset
+from celltyper.datasets import Dataset
 from celltyper.errors import ConfigError, DataError
 from celltyper.evaluation import Estimate, Summary, evaluate, score_image, summarise
 from celltyper.inference import INDEX_FILE, read_index, read_predictions
 from celltyper.labels import label_ids, mean_in_labels
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
+from celltyper.readers import open_dataset
 from celltyper.report.html import write_report
 from celltyper.reporting import image_scores, make_report, notice_of, read_json
 from celltyper.runs import RUN_FILE

@@ -33,7 +33,7 @@ from celltyper.checkpoints import (
     write_tensors,
 )
 from celltyper.config import Config, Data, Loss, Train
-from celltyper.datasets import Dataset, open_dataset, resample, split_by_group
+from celltyper.datasets import Dataset, resample, split_by_group
 from celltyper.datasets.tiles import TileSampler
 from celltyper.encoders.trainability import check_trainability, parameter_digest
 from celltyper.errors import ConfigError, DataError, TrainingError
@@ -49,6 +49,7 @@ from celltyper.optim import (
     restore_optimizer,
 )
 from celltyper.predict import SAME_MPP, autocast, pick_device, predict_image
+from celltyper.readers import open_dataset
 from celltyper.runs import (
     LAST_FILE,
     RUN_FILE,

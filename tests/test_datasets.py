@@ -16,16 +16,16 @@ from scipy import ndimage
 from celltyper.datasets import (
     Dataset,
     TileSampler,
-    open_dataset,
-    read_folder,
     read_image,
     read_label_image,
-    read_masks,
     resample,
     split_by_group,
     write_folder,
 )
 from celltyper.errors import ConfigError, DataError
+from celltyper.readers import open_dataset
+from celltyper.readers.folder import read_folder
+from celltyper.readers.masks import read_masks
 from celltyper.types import Sample
 
 CLASSES = ("tumour", "immune")

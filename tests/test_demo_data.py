@@ -14,8 +14,8 @@ import shapely
 from PIL import Image as PillowImage
 from skimage.draw import polygon2mask
 
-from celltyper.datasets import hgsc, open_dataset
 from celltyper.errors import DataError
+from celltyper.readers import hgsc, open_dataset
 
 NO_NETWORK = "pip cannot download"
 

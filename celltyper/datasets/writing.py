@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PillowImage
 
-from celltyper.datasets.folder import phenotypes_of
+from celltyper.datasets.phenotypes import phenotypes_of
 from celltyper.errors import DataError
 from celltyper.types import Sample
 

@@ -101,10 +101,15 @@ def load_encoder(
     tensors = None if weights in ("random", "twin") else _read(card, weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = _build(card, twin=weights == "twin", magnify=magnify)
+        vit = _build(card, twin=weights == "twin", magnify=magnify)
         if tensors is not None:
             from_hub = weights in ("auto", "hub")
-            load_weights(encoder.model, tensors, str(card.hub_id if from_hub else weights))
+            load_weights(vit.model, tensors, str(card.hub_id if from_hub else weights))
+        encoder: nn.Module = vit
+        if len(card.scales) > 1:
+            from celltyper.encoders.multiscale import MultiScale
+
+            encoder = MultiScale(vit, card.scales)
         encoder.eval()
         if adapt == "frozen":
             return freeze(encoder)
@@ -149,7 +154,9 @@ def _with_options(card: EncoderCard, options: Mapping[str, Any]) -> EncoderCard:
         return EncoderCard.model_validate(card.model_dump() | dict(options))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"encoder option {first['loc'][0]}: {first['msg']}") from error
+        what = f" {first['loc'][0]}" if first["loc"] else ""
+        problem = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"encoder option{what}: {problem}") from error
 
 
 def _build(card: EncoderCard, *, twin: bool, magnify: float) -> TimmViT:

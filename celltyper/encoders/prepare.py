@@ -114,8 +114,9 @@ class Prepare(nn.Module):
         if self.input_size is None or self.resize is None:
             return images
         rows, cols = images.shape[2:]
-        factor = self.resize / min(rows, cols)
-        images = self._resized(images, round(rows * factor), round(cols * factor))
+        short = min(rows, cols)
+        # rounded down, as torchvision does, with which the published embeddings were made
+        images = self._resized(images, rows * self.resize // short, cols * self.resize // short)
         top = (images.shape[2] - self.input_size) // 2
         left = (images.shape[3] - self.input_size) // 2
         return images[:, :, top : top + self.input_size, left : left + self.input_size]

@@ -1,4 +1,4 @@
-"""One door to all readers."""
+"""Readers of annotated images, one file a layout, and one door to them all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from celltyper.datasets.dataset import Dataset
-from celltyper.datasets.folder import FOLDER_TREE, read_folder
-from celltyper.datasets.masks import MASKS_TREE, read_masks
 from celltyper.errors import DataError, unknown_name
+from celltyper.readers.folder import FOLDER_TREE, read_folder
+from celltyper.readers.masks import MASKS_TREE, read_masks
 
 READERS: dict[str, Callable[[str | Path], Dataset]] = {"folder": read_folder, "masks": read_masks}
 """Readers by name."""

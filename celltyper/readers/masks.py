@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from celltyper.datasets.dataset import Dataset, listing
-from celltyper.datasets.folder import check_pairs, files_by_stem, sample_groups
 from celltyper.datasets.images import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
@@ -26,8 +25,9 @@ from celltyper.datasets.images import (
     read_image,
     read_label_image,
 )
-from celltyper.datasets.meta import check_splits, read_meta
 from celltyper.errors import DataError
+from celltyper.readers.files import check_pairs, files_by_stem, sample_groups
+from celltyper.readers.meta import check_splits, read_meta
 from celltyper.types import Sample
 
 MASKS_TREE = "images/<name>.png with masks/<name>.png (or .tif) and classes.csv (image,label,class)"

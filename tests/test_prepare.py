@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from celltyper.encoders import load_encoder
+from celltyper.encoders.prepare import Prepare
+from celltyper.errors import ConfigError
+from celltyper.testing import check_encoder
+
+MEAN, STD = (0.7, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def test_normalisation_is_that_of_the_mean_and_deviation() -> None:
+    prepare = Prepare(MEAN, STD, 4)
+    images = torch.rand(2, 3, 8, 12)
+    expected = (images.numpy() - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    np.testing.assert_allclose(prepare(images), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(prepare.whole(images), expected, rtol=0, atol=1e-6)
+
+
+def test_magnified_image_covers_whole_patches() -> None:
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    prepare = Prepare(**plain, stride=14, magnify=2)
+    assert prepare.patch_size == 7
+    images = torch.rand(1, 3, 15, 21)
+    found = prepare(images)
+    # 15 rows are three patches of 7, the last rows repeated; each becomes 14 px
+    assert found.shape == (1, 3, 42, 42)
+    padded = np.pad(images[0, 0].numpy(), ((0, 6), (0, 0)), mode="edge")
+    expected = Image.fromarray(padded).resize((42, 42), Image.Resampling.BICUBIC)
+    # Pillow's cubic has the coefficient -0.5, torch's -0.75 unless it smooths
+    np.testing.assert_allclose(found[0, 0], expected, atol=0.12)
+    assert np.abs(found[0, 0].numpy() - np.asarray(expected)).mean() < 0.02
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_shrunk_image_equals_pillow(interpolation: str) -> None:
+    prepare = Prepare((0, 0, 0), (1, 1, 1), 8, magnify=0.5, interpolation=interpolation)
+    assert prepare.patch_size == 16
+    images = torch.rand(1, 3, 32, 64)
+    how = getattr(Image.Resampling, interpolation.upper())
+    expected = Image.fromarray(images[0, 1].numpy()).resize((32, 16), how)
+    np.testing.assert_allclose(prepare(images)[0, 1], expected, atol=1e-5)
+
+
+def test_magnification_is_rounded_to_whole_patches() -> None:
+    assert Prepare(MEAN, STD, 14, magnify=1.8).patch_size == 8
+    for wrong in (0, -1, float("nan"), 40):
+        with pytest.raises(ConfigError, match="magnification"):
+            Prepare(MEAN, STD, 14, magnify=wrong)
+
+
+def test_crop_is_that_of_the_published_rule() -> None:
+    """Prov-GigaPath: shorter side to 256 px, bicubic, central 224 px."""
+    prepare = Prepare(MEAN, STD, 16, input_size=224, resize=256)
+    image = torch.rand(3, 300, 512)
+    how = Image.Resampling.BICUBIC
+    planes = [np.asarray(Image.fromarray(c.numpy()).resize((436, 256), how)) for c in image]
+    expected = np.stack(planes)[:, 16:240, 106:330]
+    np.testing.assert_allclose(prepare.crop(image[None])[0], expected, atol=1e-4)
+    assert prepare.whole(image[None]).shape == (1, 3, 224, 224)
+
+
+def test_without_input_size_an_embedding_is_of_the_whole_image() -> None:
+    prepare = Prepare(MEAN, STD, 16)
+    images = torch.rand(1, 3, 20, 32)
+    assert torch.equal(prepare.crop(images), images)
+    assert prepare.whole(images).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("magnify", [0.5, 2, 1.6])
+def test_magnified_encoder_keeps_the_contract(magnify: float) -> None:
+    encoder = load_encoder("vit_tiny_patch16", "twin", magnify=magnify)
+    assert encoder.patch_size == {0.5: 32, 2: 8, 1.6: 10}[magnify]
+    check_encoder(encoder)
+    # an embedding has its own input size, whatever the maps are computed at
+    plain = load_encoder("vit_tiny_patch16", "twin")
+    images = torch.rand(1, 3, 40, 40)
+    torch.testing.assert_close(encoder.embed(images), plain.embed(images))
+
+
+def test_resize_needs_an_input_size() -> None:
+    with pytest.raises(ConfigError, match="resize 200 needs an input_size"):
+        load_encoder("vit_tiny_patch16", "twin", resize=200)
