@@ -22,6 +22,9 @@ Image = NDArray[np.uint8]
 Labels = NDArray[np.int32]
 """Instance labels, ``(H, W)`` int32, 0 is background, ids need not be contiguous."""
 
+UNKNOWN = 255
+"""Phenotype of a nucleus whose class the annotation leaves open."""
+
 Maps = Mapping[str, NDArray[np.float32]]
 """Pixel maps by name, each ``(C, H, W)`` float32, activated (probabilities, not logits)."""
 
@@ -38,7 +41,8 @@ class Sample:
         Instance ids, 0 is background.
     phenotypes : ndarray of uint8, shape (labels.max() + 1,)
         Class of every label id, as a lookup table: ``phenotypes[labels]`` is the phenotype map.
-        Entry 0 is background; foreground classes count from 1. Ids that are not in the image
+        Entry 0 is background; foreground classes count from 1; `UNKNOWN` is a nucleus without
+        a class, which takes part in everything but its typing. Ids that are not in the image
         hold 0.
     name : str
         Unique name within its dataset; the stem of the image file.

@@ -34,6 +34,9 @@ class Dataset:
         Published splits, sample names by split name.
     colors : tuple of str
         ``#rrggbb`` by class, empty if the dataset states none.
+    domains : mapping of str to mapping of str to str
+        What samples differ in beside their group, such as centre, tissue or stage: value by
+        sample name, by attribute.
 
     Examples
     --------
@@ -52,6 +55,7 @@ class Dataset:
     read: Callable[[str], Sample]
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     colors: tuple[str, ...] = ()
+    domains: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -93,7 +97,10 @@ class Dataset:
         if missing:
             raise DataError(f"{self.path}: no image named {listing(missing)} in this dataset")
         groups = {n: self.groups[n] for n in names}
-        return replace(self, name=name or self.name, names=names, groups=groups, splits={})
+        domains = {a: {n: v[n] for n in names} for a, v in self.domains.items()}
+        return replace(
+            self, name=name or self.name, names=names, groups=groups, splits={}, domains=domains
+        )
 
 
 def listing(items: Iterable[object], limit: int = 5) -> str:
