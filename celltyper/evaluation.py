@@ -184,9 +184,8 @@ def score_image(prediction: Prediction, sample: Sample) -> ImageScores:
         )
     n_classes = len(prediction.classes)
     table = overlap(sample.labels, prediction.labels)
-    reference = reference_instance_classes(
-        sample.labels, sample.phenotypes, prediction.probabilities
-    )
+    known = sample.known_phenotypes
+    reference = reference_instance_classes(sample.labels, known, prediction.probabilities)
     mpp = sample.mpp or prediction.mpp
     centers = centroids(sample.labels), centroids(prediction.labels)
     width = -(-sample.labels.shape[1] // BLOCK_PX)
@@ -194,7 +193,7 @@ def score_image(prediction: Prediction, sample: Sample) -> ImageScores:
     return ImageScores(
         name=sample.name,
         group=sample.group or sample.name,
-        true=types_of(table.ref_ids, sample.phenotypes, n_classes),
+        true=types_of(table.ref_ids, known, n_classes),
         guess=types_of(table.pred_ids, prediction.phenotypes, n_classes),
         seen=reference.predicted,
         confidence=reference.probabilities,

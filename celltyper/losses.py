@@ -20,6 +20,9 @@ from celltyper.errors import unknown_name
 from celltyper.types import MapLoss
 
 WeightRule = Literal["inverse", "effective", "published", "none"]
+IGNORED = -1
+"""Class of target pixels that do not count."""
+
 MapLossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -28,7 +31,7 @@ def cross_entropy(
     target: Tensor,
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.05,
-    ignore_index: int = -1,
+    ignore_index: int = IGNORED,
 ) -> Tensor:
     """Pixelwise cross-entropy.
 
@@ -116,7 +119,9 @@ def effective_class_weights(
     return weights
 
 
-def dice(logits: Tensor, target: Tensor, ignore_index: int = -1, smooth: float = 1.0) -> Tensor:
+def dice(
+    logits: Tensor, target: Tensor, ignore_index: int = IGNORED, smooth: float = 1.0
+) -> Tensor:
     """Soft Dice loss over classes: 1 - mean of ``(2 |P T| + s) / (|P| + |T| + s)``.
 
     Parameters
@@ -153,7 +158,7 @@ def focal(
     target: Tensor,
     gamma: float = 2.0,
     class_weights: Tensor | None = None,
-    ignore_index: int = -1,
+    ignore_index: int = IGNORED,
 ) -> Tensor:
     """Focal loss: cross-entropy times ``(1 - p) ** gamma`` (doi:10.1109/ICCV.2017.324).
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from celltyper.config import Config, Loss
 from celltyper.datasets.tiles import TileSampler
-from celltyper.losses import cross_entropy, dice, focal, map_loss
+from celltyper.losses import IGNORED, cross_entropy, dice, focal, map_loss
 from celltyper.models import PHENOTYPE
 from celltyper.transforms import augment
-from celltyper.types import InstanceMethod, MapSpec
+from celltyper.types import UNKNOWN, InstanceMethod, MapSpec
 
 
 class TrainingTiles(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -36,16 +36,21 @@ class TrainingTiles(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.strengths = config.augment.model_dump()
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Image (3, S, S) float32 in [0, 1], phenotype map (S, S) int64, instance targets."""
+        """Image (3, S, S) float32 in [0, 1], phenotype map (S, S) int64, instance targets.
+
+        Nuclei of unknown class are `celltyper.losses.IGNORED` in the phenotype map.
+        """
         image, labels, phenotypes = self.sampler.tile(index)
         rng = np.random.default_rng([self.seed, index, 1])
         image, labels, phenotypes = augment(
             image, labels, phenotypes, rng, size=self.size, **self.strengths
         )
         targets = self.instances.encode(labels)
+        classes = phenotypes.astype(np.int64)
+        classes[phenotypes == UNKNOWN] = IGNORED
         return {
             "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255,
-            PHENOTYPE: torch.from_numpy(phenotypes[labels].astype(np.int64)),
+            PHENOTYPE: torch.from_numpy(classes[labels]),
             **{name: torch.from_numpy(target) for name, target in targets.items()},
         }
 
@@ -64,7 +69,7 @@ def objective(
     raw : mapping of str to Tensor, each (B, C, H, W)
         What the model returned.
     targets : mapping of str to Tensor
-        ``"phenotype"`` (B, H, W) int64, every other map (B, C, H, W) float32.
+        ``"phenotype"`` (B, H, W) int64, nuclei without a class -1; every other map (B, C, H, W) float32.
     maps : mapping of str to MapSpec
         Says which loss each instance map has.
     loss : Loss
@@ -90,7 +95,7 @@ def objective(
             logits, phenotype, gamma=loss.focal_gamma, class_weights=class_weights
         )
     if loss.instances:
-        nuclei = (phenotype > 0)[:, None]
+        nuclei = (phenotype != 0)[:, None]
         for name, spec in maps.items():
             if name != PHENOTYPE:
                 term = map_loss(spec.loss)(raw[name], targets[name], nuclei)

@@ -127,7 +127,7 @@ def _report_image(sample: Sample, prediction: Prediction, scores: ImageScores) -
         labels=prediction.labels,
         phenotypes=prediction.phenotypes,
         ref_labels=sample.labels,
-        ref_phenotypes=sample.phenotypes,
+        ref_phenotypes=sample.known_phenotypes,
         scores={"bPQ": values["bpq"], "macro F1": values["macro_f1"]},
         mpp=prediction.mpp,
     )

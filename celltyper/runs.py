@@ -171,7 +171,7 @@ def cells_per_class(data: Dataset) -> dict[str, int]:
     """
     total = np.zeros(len(data.classes) + 1, np.int64)
     for sample in data:
-        cells = sample.phenotypes[label_ids(sample.labels)]
+        cells = sample.known_phenotypes[label_ids(sample.labels)]
         total += np.bincount(cells, minlength=len(total))
     return dict(zip(data.classes, total[1:].tolist(), strict=True))
 

@@ -84,6 +84,11 @@ class Sample:
                 f"with 0 first, got {len(self.phenotypes)} entries"
             )
 
+    @property
+    def known_phenotypes(self) -> NDArray[np.uint8]:
+        """`phenotypes` with 0 where the class is `UNKNOWN`."""
+        return np.where(self.phenotypes == UNKNOWN, 0, self.phenotypes).astype(np.uint8)
+
 
 MapActivation = Literal["sigmoid", "tanh", "relu", "identity", "softmax"]
 MapLoss = Literal["bce_dice", "mse", "hv", "smooth_l1"]

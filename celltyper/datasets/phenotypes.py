@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celltyper.errors import DataError
-from celltyper.types import Labels
+from celltyper.types import UNKNOWN, Labels
 
 
 def phenotypes_of(
@@ -30,7 +30,7 @@ def phenotypes_of(
     Returns
     -------
     ndarray of uint8, shape (labels.max() + 1,)
-        Lookup table from label to class id.
+        Lookup table from label to class id; `celltyper.types.UNKNOWN` stays.
 
     Raises
     ------
@@ -53,7 +53,8 @@ def phenotypes_of(
             f"{where}: label {label} has two types, {other} and {int(table[label])}; "
             "one nucleus has one class"
         )
-    wrong = np.flatnonzero(_present(table, ids) & ((table < 1) | (table > len(classes))))
+    outside = (table < 1) | ((table > len(classes)) & (table != UNKNOWN))
+    wrong = np.flatnonzero(_present(table, ids) & outside)
     if len(wrong):
         label = int(wrong[0])
         raise DataError(

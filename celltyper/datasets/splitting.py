@@ -58,7 +58,7 @@ def split_by_group(dataset: Dataset, fraction: float, seed: int) -> HoldOut:
     counts = np.zeros((len(groups), len(dataset.classes) + 1))
     for sample in dataset:
         row = counts[position[sample.group]]
-        row[:-1] += np.bincount(sample.phenotypes, minlength=len(row))[1:]
+        row[:-1] += np.bincount(sample.known_phenotypes, minlength=len(row))[1:]
         # Images count a little, so that groups without nuclei are split too.
         row[-1] += 1e-3
     shares = counts / np.maximum(counts.sum(0), 1e-12)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from celltyper.errors import DataError
 from celltyper.labels import centroids, label_ids
 from celltyper.transforms import Tile, split_mirrored
-from celltyper.types import Sample
+from celltyper.types import UNKNOWN, Sample
 
 
 class TileSampler:
@@ -76,15 +76,15 @@ class TileSampler:
             raise DataError("no images to draw tiles from")
         self.size, self.seed = size, seed
         self._random_share, self._jitter = random_share, jitter
-        classes = max(int(s.phenotypes.max()) for s in self.samples)
+        classes = max(int(s.known_phenotypes.max()) for s in self.samples)
         self.pixels = np.zeros(classes + 1, np.int64)
         cells = []
         for position, sample in enumerate(self.samples):
             found = sample.phenotypes[sample.labels]
-            self.pixels += np.bincount(found.ravel(), minlength=classes + 1)
+            self.pixels += np.bincount(found[found != UNKNOWN], minlength=classes + 1)
             ids = label_ids(sample.labels)
             row = np.empty((len(ids), 4))
-            row[:, 0], row[:, 1] = position, sample.phenotypes[ids]
+            row[:, 0], row[:, 1] = position, sample.known_phenotypes[ids]
             row[:, 2:] = centroids(sample.labels)
             cells.append(row)
         table = np.concatenate(cells)

@@ -14,7 +14,7 @@ from PIL import Image as PillowImage
 
 from celltyper.datasets.phenotypes import phenotypes_of
 from celltyper.errors import DataError
-from celltyper.types import Sample
+from celltyper.types import UNKNOWN, Sample
 
 
 def write_folder(
@@ -70,7 +70,7 @@ def write_folder(
                 groups[sample.name] = sample.group or sample.name
                 types = sample.phenotypes[sample.labels]
                 table = phenotypes_of(sample.labels, types, classes, f"sample {sample.name!r}")
-                nuclei += np.bincount(table, minlength=len(classes) + 1)[1:]
+                nuclei += np.bincount(table[table != UNKNOWN], minlength=len(classes) + 1)[1:]
                 image = PillowImage.fromarray(sample.image)
                 image.save(work / "images" / f"{sample.name}.png", compress_level=4)
                 np.savez_compressed(

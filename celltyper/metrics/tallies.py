@@ -66,13 +66,18 @@ def tally_typed(sums: Sums, objects: Objects, pairs: Matches) -> None:
     pairs : Matches
     """
     true, guess = objects.true[pairs.ref], objects.guess[pairs.pred]
-    cluster, same = objects.ref_cluster[pairs.ref], true == guess
+    cluster, same, differ = objects.ref_cluster[pairs.ref], true == guess, _differ(true, guess)
     tally(sums, (cluster[same], true[same], 0), 1)
-    tally(sums, (cluster[~same], guess[~same], 1), 1)
-    tally(sums, (cluster[~same], true[~same], 2), 1)
+    tally(sums, (cluster[differ], guess[differ], 1), 1)
+    tally(sums, (cluster[differ], true[differ], 2), 1)
     alone_ref, alone_pred = unpaired(objects, pairs)
     tally(sums, (objects.pred_cluster[alone_pred], objects.guess[alone_pred], 3), 1)
     tally(sums, (objects.ref_cluster[alone_ref], objects.true[alone_ref], 4), 1)
+
+
+def _differ(true: NDArray[np.intp], guess: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Pairs of two classes; a nucleus of unknown class cannot be typed wrongly."""
+    return (true != guess) & (true > 0)
 
 
 def tally_quality(by_class: Sums, binary: Sums, objects: Objects, pairs: Matches) -> None:
@@ -89,11 +94,11 @@ def tally_quality(by_class: Sums, binary: Sums, objects: Objects, pairs: Matches
         At IoU > 0.5.
     """
     true, guess = objects.true[pairs.ref], objects.guess[pairs.pred]
-    cluster, same = objects.ref_cluster[pairs.ref], true == guess
+    cluster, same, differ = objects.ref_cluster[pairs.ref], true == guess, _differ(true, guess)
     tally(by_class, (cluster[same], true[same], 0), 1)
     tally(by_class, (cluster[same], true[same], 3), pairs.score[same])
-    tally(by_class, (cluster[~same], guess[~same], 1), 1)
-    tally(by_class, (cluster[~same], true[~same], 2), 1)
+    tally(by_class, (cluster[differ], guess[differ], 1), 1)
+    tally(by_class, (cluster[differ], true[differ], 2), 1)
     alone_ref, alone_pred = unpaired(objects, pairs)
     tally(by_class, (objects.pred_cluster[alone_pred], objects.guess[alone_pred], 1), 1)
     tally(by_class, (objects.ref_cluster[alone_ref], objects.true[alone_ref], 2), 1)
@@ -104,6 +109,8 @@ def tally_quality(by_class: Sums, binary: Sums, objects: Objects, pairs: Matches
 def tally_pairs(matrix: NDArray[np.int64], objects: Objects, pairs: Matches) -> None:
     """Add pairs by annotated (row) and predicted class; row and column 0 hold the unpaired.
 
+    Nuclei whose class is unknown are left out.
+
     Parameters
     ----------
     matrix : ndarray of int64, shape (K + 1, K + 1)
@@ -112,6 +119,8 @@ def tally_pairs(matrix: NDArray[np.int64], objects: Objects, pairs: Matches) -> 
     pairs : Matches
     """
     alone_ref, alone_pred = unpaired(objects, pairs)
-    tally(matrix, (objects.true[pairs.ref], objects.guess[pairs.pred]), 1)
+    true, guess = objects.true[pairs.ref], objects.guess[pairs.pred]
+    tally(matrix, (true[true > 0], guess[true > 0]), 1)
     tally(matrix, (objects.true[alone_ref], 0), 1)
+    matrix[0, 0] = 0
     tally(matrix, (0, objects.guess[alone_pred]), 1)

@@ -143,8 +143,8 @@ def _alphabetical(path: Path, named: dict[str, dict[int, str]]) -> tuple[str, ..
             f"{path}: class ids {listing(numeric)} without names; list them in meta.json as "
             '{"classes": {"1": name, ...}}'
         )
-    if len(classes) > 255:
-        raise DataError(f"{path}: {len(classes)} different classes; at most 255")
+    if len(classes) > 254:
+        raise DataError(f"{path}: {len(classes)} different classes; at most 254")
     return classes
 
 

@@ -119,8 +119,8 @@ def _classes(path: Path, raw: Any) -> tuple[str, ...]:
     repeated = sorted({c for c in raw if raw.count(c) > 1})
     if repeated:
         raise DataError(f"{path}: class {listing(repeated)} is listed twice in 'classes'")
-    if len(raw) > 255:
-        raise DataError(f"{path}: {len(raw)} classes; at most 255 fit into a uint8 class map")
+    if len(raw) > 254:
+        raise DataError(f"{path}: {len(raw)} classes; at most 254 fit into a uint8 class map")
     return tuple(raw)
 
 

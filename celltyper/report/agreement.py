@@ -47,7 +47,9 @@ def compare(
     table = overlap(reference, predicted)
     matches = match_iou(table)
     ref_ids, pred_ids = table.ref_ids[matches.ref], table.pred_ids[matches.pred]
-    same = ref_phenotypes[ref_ids] == phenotypes[pred_ids]
+    known = ref_phenotypes[ref_ids]
+    # a nucleus without a class cannot be typed wrongly
+    same = (known == phenotypes[pred_ids]) | (known == 0)
     fate = np.where(same, RIGHT, WRONG_CLASS)
     of_predicted = np.full(len(phenotypes), -1)
     of_predicted[table.pred_ids] = SPURIOUS
