@@ -69,7 +69,8 @@ def objective(
     raw : mapping of str to Tensor, each (B, C, H, W)
         What the model returned.
     targets : mapping of str to Tensor
-        ``"phenotype"`` (B, H, W) int64, nuclei without a class -1; every other map (B, C, H, W) float32.
+        ``"phenotype"`` (B, H, W) int64, nuclei without a class -1; every other map (B, C, H, W)
+        float32.
     maps : mapping of str to MapSpec
         Says which loss each instance map has.
     loss : Loss

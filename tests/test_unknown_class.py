@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -57,12 +58,14 @@ def test_scores_of_types_leave_it_out_and_those_of_detection_count_it() -> None:
 
 def test_its_pixels_are_ignored_by_the_class_loss_and_used_by_the_instance_loss() -> None:
     class Method:
-        maps = {"inside": MapSpec(1, "sigmoid", "mse")}
+        maps: ClassVar = {"inside": MapSpec(1, "sigmoid", "mse")}
 
         def encode(self, labels: np.ndarray) -> dict[str, np.ndarray]:
             return {"inside": (labels > 0).astype(np.float32)[None]}
 
-    config = Config.model_validate({"data": {"tile": 32}, "augment": {"dihedral": False}})
+    config = Config.model_validate(
+        {"data": {"tile": 32}, "infer": {"overlap": 0}, "augment": {"dihedral": False}}
+    )
     still = dict.fromkeys(("affine_probability", "elastic", "hed_sigma", "hed_bias"), 0.0)
     still |= dict.fromkeys(("color", "blur", "noise"), 0.0)
     config = config.model_copy(update={"augment": config.augment.model_copy(update=still)})

@@ -77,7 +77,8 @@ def tally_typed(sums: Sums, objects: Objects, pairs: Matches) -> None:
 
 def _differ(true: NDArray[np.intp], guess: NDArray[np.intp]) -> NDArray[np.bool_]:
     """Pairs of two classes; a nucleus of unknown class cannot be typed wrongly."""
-    return (true != guess) & (true > 0)
+    differ: NDArray[np.bool_] = (true != guess) & (true > 0)
+    return differ
 
 
 def tally_quality(by_class: Sums, binary: Sums, objects: Objects, pairs: Matches) -> None:
