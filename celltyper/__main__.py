@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from celltyper import __version__
-from celltyper.errors import CelltyperError
+from celltyper.errors import CelltyperError, DataError, RunError
 
 PATH = click.Path(path_type=Path)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -46,9 +48,10 @@ def predicting(command: Callable[..., Any]) -> Callable[..., Any]:
             "--allow-code", is_flag=True, help="Import the author's code that a model names."
         ),
         click.option(
-            "--encoder-weights",
-            metavar="FILE",
-            help="Base weights of the encoder, if not where they were at training.",
+            "--weights",
+            "encoder_weights",
+            metavar="PATH",
+            help="Encoder weights (file or folder), if not where they were.",
         ),
         click.option(
             "--precision",
@@ -73,6 +76,7 @@ def predicting(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override section.key=value."
 )
+@click.option("--weights", metavar="PATH", help="Encoder weights: sets encoder.weights.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Start over where another run is.")
 @common
@@ -80,20 +84,24 @@ def train(
     config: str,
     output: Path,
     overrides: tuple[str, ...],
+    weights: str | None,
     resume: bool,
     overwrite: bool,
     device: str,
     quiet: bool,
 ) -> None:
-    r"""Train a model as CONFIG says: a YAML file or the name of a recipe.
+    """Train a model as CONFIG says: a YAML file or the name of a recipe.
 
     \b
     celltyper train unetr -o run --set data.root=DATA
-    """
+    """  # noqa: D301
     _log(quiet)
     from celltyper.config import load_config
     from celltyper.training import train as run
 
+    if weights is not None:
+        # quoted, since a path may read as YAML
+        overrides += (f"encoder.weights={json.dumps(weights, ensure_ascii=False)}",)
     try:
         folder = run(
             load_config(config, overrides),
@@ -119,11 +127,11 @@ def train(
 @click.option("--overwrite", is_flag=True, help="Replace earlier results in the folder.")
 @predicting
 def infer(inputs: tuple[Path, ...], model: Path, output: Path, quiet: bool, **options: Any) -> None:
-    r"""Find and type the cells of images (PNG, JPEG, TIFF) or of folders of images.
+    """Find and type the cells of images (PNG, JPEG, TIFF) or of folders of images.
 
     \b
     celltyper infer image.png -m run -o out
-    """
+    """  # noqa: D301
     _log(quiet)
     from celltyper.inference import infer as run
 
@@ -160,19 +168,19 @@ def evaluate(
     quiet: bool,
     **options: Any,
 ) -> None:
-    r"""Score a model on annotated images, or predictions that are there already.
+    """Score a model on annotated images, or predictions that are there already.
 
     \b
     celltyper eval RUN DATA
     celltyper eval --pred OUT --ref DATA
-    """
+    """  # noqa: D301
     of_run = run is not None and data is not None and pred is None and ref is None
     if not of_run and not (pred and ref and run is None):
         raise click.UsageError("give RUN and DATA, or --pred and --ref")
     if not of_run:
         for name in (*MODEL_OPTIONS, "allow_seen"):
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                option = name.replace("_", "-")
+                option = name.removeprefix("encoder_").replace("_", "-")
                 raise click.UsageError(f"--{option} is for RUN and DATA: --pred runs no model")
             options.pop(name)
     _log(quiet)
@@ -218,23 +226,256 @@ def demo(
 
 
 @cli.command()
-@click.argument("name", required=False)
-def encoders(name: str | None) -> None:
-    """List the encoders that are known by name, or show the card of one."""
-    from celltyper.encoders.cards import list_cards, load_card
+@click.argument("run", type=PATH)
+@click.option(
+    "--format",
+    default="onnx",
+    show_default=True,
+    type=click.Choice(["onnx", "torchscript", "torch-export", "peft"]),
+    help="peft: only the adapters of the encoder.",
+)
+@click.option("-o", "--output", type=PATH, help="File to write.  [default: in RUN]")
+@click.option(
+    "--tile", type=click.IntRange(32, 4096), help="Side of the images.  [default: as in the run]"
+)
+@click.option(
+    "--weights",
+    "encoder_weights",
+    metavar="PATH",
+    help="Encoder weights (file or folder), if not where they were.",
+)
+@click.option("--allow-code", is_flag=True, help="Import the author's code that a model names.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")
+def export(
+    run: Path, format: str, output: Path | None, tile: int | None, quiet: bool, **options: Any
+) -> None:
+    """Write the model of RUN as one file for other programs, checked against the model."""
+    _log(quiet)
+    from celltyper.exporting import SUFFIXES, export_adapter, export_model
 
-    if name is not None:
-        for key, value in load_card(name).model_dump(mode="json").items():
-            click.echo(f"{key:16} {value}")
+    folder = run if run.is_dir() else run.parent
+    if format == "peft":
+        if tile is not None:
+            raise click.UsageError("--tile is for a whole model: peft writes adapters only")
+        _say(quiet, f"adapter: {export_adapter(run, output or folder / 'adapter', **options)}")
         return
-    width = max(map(len, list_cards()))
-    click.echo(f"{'name':{width}} {'patch':>5} {'dim':>5} {'input':>5} {'mpp':>5}  licence")
-    for card in map(load_card, list_cards()):
-        gate = " (gated)" if card.gated else ""
-        click.echo(
-            f"{card.name:{width}} {card.patch_size:>5} {card.embed_dim:>5} {card.input_size:>5} "
-            f"{card.mpp or '-':>5}  {card.licence}{gate}"
+    path = output or folder / f"model{SUFFIXES[format]}"
+    done = export_model(run, path, format, tile=tile, **options)
+    _say(quiet, f"largest difference to the model: {done.largest_difference:.2g}")
+    _say(quiet, f"{format}: {done.path}")
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def encoders(context: click.Context) -> None:
+    """List the encoders that are known by name; show, fetch or check one.
+
+    In the list, size is in parameters and mpp in micrometres per pixel; "have" says where the
+    weights are: in the folder that CELLTYPER_WEIGHTS names, or in the cache of the hub.
+    """
+    if context.invoked_subcommand is None:
+        from celltyper.encoders import list_cards, load_card
+        from celltyper.encoders.listing import table
+
+        click.echo(table(map(load_card, list_cards())))
+
+
+@encoders.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Show what is known of encoder NAME.
+
+    A name of the list, timm/NAME, or owner/name on the hub.
+    """
+    from celltyper.encoders import find_card
+    from celltyper.encoders.listing import description
+
+    click.echo(description(find_card(name)))
+
+
+@encoders.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("--to", type=PATH, help="Folder to fill.  [default: the cache of the hub]")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")
+def fetch(names: tuple[str, ...], to: Path | None, quiet: bool) -> None:
+    """Download weights, to work without network later.
+
+    \b
+    celltyper encoders fetch uni virchow2 --to weights
+    celltyper train dpt -o run --set encoder.name=uni --weights weights
+    """  # noqa: D301
+    _log(quiet)
+    from celltyper.encoders import find_card
+    from celltyper.encoders.hub import fetch_weights
+
+    cards = [find_card(name) for name in dict.fromkeys(names)]
+    failed = []
+    for card in cards:
+        try:
+            got = fetch_weights(card, to)
+        except CelltyperError as error:
+            click.echo(f"celltyper: {error}", err=True)
+            failed.append(card.name)
+            continue
+        state = "fetched" if got.new else "there already"
+        commit = f"commit {got.commit or 'unknown'}"
+        facts = (state, f"{got.size / 1e6:,.1f} MB", commit, card.licence, str(got.path))
+        _say(quiet, f"{card.name}: {', '.join(facts)}")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(cards)} not fetched: {', '.join(failed)}")
+
+
+@encoders.command()
+@click.argument("name")
+@click.option("--weights", metavar="PATH", help="File or folder.  [default: what is here]")
+@click.option("--image", type=PATH, help="H&E image.  [default: a field of the demo]")
+@common
+def check(name: str, weights: str | None, image: Path | None, device: str, quiet: bool) -> None:
+    """Try encoder NAME on a real image.
+
+    Says what was loaded and what its embeddings look like. Weights that are not here are not
+    downloaded. Exit code 1 if the embeddings are broken.
+    """
+    _log(quiet)
+    from celltyper.datasets import read_image
+    from celltyper.encoders import find_card, load_encoder
+    from celltyper.encoders.examine import examination_text, examine
+    from celltyper.encoders.hub import MADE_NAMES, find_weights, weights_here
+    from celltyper.predict import pick_device
+    from celltyper.readers.hgsc import fetch_hgsc
+
+    card, place = find_card(name), pick_device(device)
+    source: str | Path = weights or weights_here(card)
+    if source not in MADE_NAMES:
+        source = find_weights(card, source)
+    if image is None:
+        try:
+            image = fetch_hgsc() / "hgsc_nest.jpg"
+        except DataError as error:
+            raise DataError(f"{error}; or pass --image FILE") from error
+    pixels = read_image(image).image
+    found = examine(load_encoder(name, weights=source).to(place), pixels)
+    _say(quiet, examination_text(card, source, image, found))
+
+
+@cli.group()
+def data() -> None:
+    """Look at annotated images, find mistakes in them, and store them for training."""
+
+
+READING = (
+    click.option(
+        "--taxonomy", type=PATH, help="YAML that merges or renames classes (docs/data.md)."
+    ),
+    click.option(
+        "--reader", default="auto", show_default=True, help="Layout, such as lizard or folder."
+    ),
+)
+
+
+def reading(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that opens annotated images."""
+    for option in READING:
+        command = option(command)
+    return click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")(command)
+
+
+@data.command()
+@click.argument("sources", nargs=-1, required=True, type=PATH, metavar="SRC...")
+@click.option("-o", "--output", type=PATH, required=True, help="Store to write, OUT.zarr.")
+@click.option("--mpp", type=float, help="Micrometres per pixel.  [default: as the data say]")
+@click.option(
+    "--no-compress", is_flag=True, help="Labels as they are: more disk, faster beyond 270 Mpx."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier store.")
+@reading
+def prepare(
+    sources: tuple[Path, ...],
+    output: Path,
+    mpp: float | None,
+    no_compress: bool,
+    overwrite: bool,
+    reader: str,
+    taxonomy: Path | None,
+    quiet: bool,
+) -> None:
+    r"""Put annotated images of any layout into one store that training reads fast.
+
+    If it is stopped, the same command goes on where it was.
+
+    \b
+    celltyper data prepare LIZARD PANNUKE -o cells.zarr --taxonomy common.yaml
+    """
+    _log(quiet)
+    from celltyper.datasets.store import write_store
+    from celltyper.readers import open_sources
+
+    opened = open_sources(sources, reader=reader, taxonomy=taxonomy, mpp=mpp)
+    settings = {
+        "mpp": mpp,
+        "taxonomy": taxonomy.read_text(encoding="utf-8") if taxonomy else None,
+    }
+    try:
+        store = write_store(
+            output,
+            opened,
+            settings=settings,
+            compress=not no_compress,
+            overwrite=overwrite,
+            progress=not quiet,
         )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
+    _say(quiet, f"store: {store}")
+
+
+@data.command(name="check")
+@click.argument("path", type=PATH)
+@reading
+@click.pass_context
+def check_data(
+    context: click.Context, path: Path, reader: str, taxonomy: Path | None, quiet: bool
+) -> None:
+    """Find mistakes in the annotated images of PATH; exit code 2 if there are errors."""
+    _log(quiet)
+    from celltyper.datasets.checking import check_dataset
+    from celltyper.datasets.summary import check_text
+    from celltyper.readers import open_parts
+
+    dataset, layout = open_parts(path, reader, taxonomy)
+    found = check_dataset(dataset, _names_bar("check", quiet))
+    click.echo(check_text(found, layout))
+    if found.errors:
+        context.exit(2)
+
+
+@data.command()
+@click.argument("path", type=PATH)
+@reading
+def info(path: Path, reader: str, taxonomy: Path | None, quiet: bool) -> None:
+    """Show what the annotated images of PATH are: layout, sizes, classes, splits, groups."""
+    _log(quiet)
+    from celltyper.datasets.checking import describe
+    from celltyper.datasets.summary import description_text
+    from celltyper.readers import open_parts
+
+    dataset, layout = open_parts(path, reader, taxonomy)
+    click.echo(description_text(describe(dataset, _names_bar("info", quiet)), layout))
+
+
+def _names_bar(what: str, quiet: bool) -> Callable[[Iterable[str]], Iterable[str]]:
+    """Progress bar over the names of samples."""
+    from tqdm import tqdm
+
+    def bar(names: Iterable[str]) -> Iterable[str]:
+        hidden = True if quiet else None
+        wrapped: Iterable[str] = tqdm(
+            names, desc=what, unit="image", disable=hidden, leave=False, dynamic_ncols=True
+        )
+        return wrapped
+
+    return bar
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -282,6 +523,9 @@ def _show(error: click.ClickException) -> None:
 
 def _log(quiet: bool) -> None:
     """Send celltyper's log to standard error, plain."""
+    if quiet:
+        # read when the hub's client is imported, which is later
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("celltyper")

@@ -1,8 +1,9 @@
 """Delta checkpoints: what was trained, as one safetensors file, never the base weights.
 
 A checkpoint holds the decoder, the heads and whatever of the encoder was trained (LoRA matrices,
-or everything for ``adapt: full``), and as JSON metadata the resolved config, the label map, the
-working resolution and the fingerprint of the encoder it belongs to. Nothing is ever unpickled.
+the last blocks, or everything for ``adapt: full``), and as JSON metadata the resolved config, the
+label map, the working resolution and the fingerprint of the encoder it belongs to. Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor
 from celltyper import __version__
 from celltyper.atomic import atomic_path
 from celltyper.config import Config, one_line, parse_config
+from celltyper.encoders.adapt import Adapted, freeze
+from celltyper.encoders.lora import merge_lora
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import CheckpointError
 from celltyper.models import CellTyper, build_model
@@ -45,30 +48,33 @@ class Header:
     format: int = FORMAT
 
 
-def trained_state(model: CellTyper, adapt: str) -> dict[str, Tensor]:
+def trained_state(model: CellTyper) -> dict[str, Tensor]:
     """State that training may change: decoder, heads, and the adapted part of the encoder.
 
     Parameters
     ----------
     model : CellTyper
-    adapt : {"frozen", "lora", "full"}
 
     Returns
     -------
     dict of str to Tensor
         A subset of ``model.state_dict()``, not copied.
     """
+    encoder = model.encoder
+    trained = encoder.trained if isinstance(encoder, Adapted) else encoder.state_dict().keys()
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if not name.startswith("encoder.")
-        or adapt == "full"
-        or (adapt == "lora" and "lora_" in name)
+        if not name.startswith("encoder.") or name.removeprefix("encoder.") in trained
     }
 
 
 def save_model(
-    path: Path, model: CellTyper, config: Config, state: Mapping[str, Tensor] | None = None
+    path: Path,
+    model: CellTyper,
+    config: Config,
+    state: Mapping[str, Tensor] | None = None,
+    base: str | None = None,
 ) -> None:
     """Write a delta checkpoint, atomically.
 
@@ -81,15 +87,17 @@ def save_model(
         The resolved config of the run.
     state : mapping of str to Tensor or None
         Taken instead of the model's own trained state (an average over steps, say).
+    base : str or None
+        Fingerprint of the encoder, if known: taking it of a large encoder lasts seconds.
     """
     header = Header(
         config=config.model_dump(mode="json"),
         classes=model.classes,
         colors=model.colors,
         mpp=model.mpp,
-        encoder_fingerprint=fingerprint(model.encoder),
+        encoder_fingerprint=fingerprint(model.encoder) if base is None else base,
     )
-    state = trained_state(model, config.encoder.adapt) if state is None else state
+    state = trained_state(model) if state is None else state
     write_tensors(path, state, asdict(header))
 
 
@@ -99,6 +107,7 @@ def load_model(
     device: str | torch.device = "cpu",
     encoder_weights: str | None = None,
     allow_code: bool = False,
+    merge: bool = True,
 ) -> CellTyper:
     """Load a trained model from a run folder or a checkpoint file.
 
@@ -109,10 +118,13 @@ def load_model(
     device : str or torch.device
         Where to put the model.
     encoder_weights : str or None
-        File of the encoder's base weights, if they are not where they were at training.
+        File or folder of the encoder's base weights, if they are not where they were at training.
     allow_code : bool
         Whether a decoder or instance method named ``package.module:Class`` in the checkpoint may
         be imported. Only for checkpoints you trust.
+    merge : bool
+        Fold adapters into the encoder, so that it is made of plain layers only. Without, they
+        can be trained further or saved by `celltyper.encoders.lora.save_lora`.
 
     Returns
     -------
@@ -148,35 +160,35 @@ def load_model(
             "pass --allow-code (allow_code=True in Python)"
         )
     if config.encoder.adapt == "full" and encoder_weights is not None:
-        raise CheckpointError(
-            f"{file} holds the whole encoder (adapt: full): leave out --encoder-weights"
-        )
+        raise CheckpointError(f"{file} holds the whole encoder (adapt: full): leave out --weights")
     if config.encoder.adapt == "full" and config.encoder.weights != "twin":
         # Every weight of the encoder is in the checkpoint; the base need not be at hand.
         encoder_weights = "random"
-    if encoder_weights is not None:
-        encoder = config.encoder.model_copy(update={"weights": encoder_weights})
-        config = config.model_copy(update={"encoder": encoder})
+    # The adapter that training started from is not needed: all its tensors were trained.
+    lora = config.encoder.lora.model_copy(update={"adapter": None})
+    update = {"lora": lora} | ({"weights": encoder_weights} if encoder_weights else {})
+    config = config.model_copy(update={"encoder": config.encoder.model_copy(update=update)})
     model = build_model(config, header.classes, header.mpp, header.colors)
     found = fingerprint(model.encoder)
     if config.encoder.adapt != "full" and found != header.encoder_fingerprint:
         raise CheckpointError(
             f"{file} was trained on other weights of {config.encoder.name} (fingerprint "
             f"{header.encoder_fingerprint[:12]}, here {found[:12]}); pass the right file with "
-            "--encoder-weights"
+            "--weights"
         )
-    load_state(model, state, config.encoder.adapt, where=str(file))
+    load_state(model, state, where=str(file))
+    if merge and config.encoder.adapt in ("lora", "dora"):
+        model.encoder = freeze(merge_lora(model.encoder))
     return model.to(device).eval()
 
 
-def load_state(model: CellTyper, state: Mapping[str, Tensor], adapt: str, *, where: str) -> None:
+def load_state(model: CellTyper, state: Mapping[str, Tensor], *, where: str) -> None:
     """Put trained state back into a model; every expected tensor must be there, and no other.
 
     Parameters
     ----------
     model : CellTyper
     state : mapping of str to Tensor
-    adapt : {"frozen", "lora", "full"}
     where : str
         Names the file in error messages.
 
@@ -185,7 +197,7 @@ def load_state(model: CellTyper, state: Mapping[str, Tensor], adapt: str, *, whe
     CheckpointError
         Listing tensors that are missing, left over or of another shape.
     """
-    expected = trained_state(model, adapt)
+    expected = trained_state(model)
     wrong = sorted(
         {f"{k} is missing" for k in expected.keys() - state.keys()}
         | {f"{k} is left over" for k in state.keys() - expected.keys()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -37,22 +37,55 @@ class Data(Section):
 
 
 class Lora(Section):
-    """Low-rank adaptation of the encoder (Hu 2021, doi:10.48550/arXiv.2106.09685)."""
+    """Low-rank adaptation of the encoder (Hu 2021, doi:10.48550/arXiv.2106.09685).
+
+    ``adapter`` is a folder in peft's format to start from; rank, alpha and targets are its own.
+    """
 
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0.0)
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    targets: Literal["attention", "attention+output", "attention+mlp"] = "attention"
+    targets: Literal["attention", "attention+output", "attention+mlp"] | tuple[str, ...] = (
+        "attention"
+    )
+    adapter: Path | None = None
 
 
 class Encoder(Section):
-    """Which encoder, from which weights, and what of it is trained."""
+    """Which encoder, from which weights, at which resolution, and what of it is trained.
+
+    ``mpp`` is the resolution at which the network sees the image, "card" the one it was trained
+    at; images are scaled to it inside the model. By default they are taken as they are: scaled
+    down to most cards' 0.5, a nucleus of 0.25 micrometres per pixel would be one patch.
+    """
 
     name: str = "vit_small_patch14_dinov2"
     weights: str = "auto"
-    adapt: Literal["frozen", "lora", "full"] = "frozen"
+    revision: str | None = None
+    mpp: Annotated[float, Field(gt=0.0)] | Literal["card"] | None = None
+    adapt: Literal["frozen", "lora", "dora", "full", "last-n", "bias", "norm"] = "frozen"
     lora: Lora = Lora()
+    last_n: int = Field(4, ge=1)
+    layer_decay: float = Field(1.0, gt=0.0, le=1.0)
+    checkpointing: bool = False
     options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _every_option_has_an_effect(self) -> Encoder:
+        used_by = {
+            "lora": ("lora", "dora"),
+            "last_n": ("last-n",),
+            "layer_decay": ("full", "last-n"),
+            "checkpointing": ("lora", "dora", "full", "last-n", "bias", "norm"),
+        }
+        for option, modes in used_by.items():
+            unused = self.adapt not in modes
+            if unused and getattr(self, option) != type(self).model_fields[option].default:
+                raise ValueError(
+                    f"encoder.{option} has no effect with encoder.adapt={self.adapt}; leave it "
+                    f"out, or adapt by {' or '.join(modes)}"
+                )
+        return self
 
 
 class Decoder(Section):
@@ -270,9 +303,10 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
-    if not first["loc"]:
+    if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ")
-    key = ".".join(str(part) for part in first["loc"])
+    # pydantic names the kinds that a value may be of as if they were keys
+    key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
     if first["type"] == "extra_forbidden":
         section: Any = Config
         for part in first["loc"][:-1]:

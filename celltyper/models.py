@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from celltyper.config import Config
-from celltyper.decoders import build_decoder
-from celltyper.encoders import load_encoder
+from celltyper.config import Config, Encoder
+from celltyper.decoders import build_decoder, stride_option
+from celltyper.encoders import find_card, load_encoder
 from celltyper.errors import ConfigError
 from celltyper.instances import build_instances
 from celltyper.types import InstanceMethod, MapActivation, MapSpec
@@ -25,12 +26,14 @@ class CellTyper(nn.Module):
     Parameters
     ----------
     encoder : nn.Module
-        With ``channels``, ``patch_size`` and ``forward(images) -> list[(B, C_i, h_i, w_i)]``;
-        see `celltyper.load_encoder` and `celltyper.testing.check_encoder`.
+        With ``channels``, ``patch_size``, ``strides`` if maps differ in size, and
+        ``forward(images) -> list[(B, C_i, h_i, w_i)]``; see `celltyper.load_encoder` and
+        `celltyper.testing.check_encoder`.
     decoder : str, type or nn.Module
         A name (``"linear"``, ``"unetr"``, ``"dpt"``, ``"unet"``, ``"package.module:Class"``), a
-        class built as ``decoder(channels, patch_size)``, or a module with ``out_channels`` and
-        ``forward(features, images) -> (B, out_channels, H, W)``.
+        class built as ``decoder(channels, patch_size)`` (for an encoder with ``strides``, with
+        those by keyword), or a module with ``out_channels`` and ``forward(features, images) ->
+        (B, out_channels, H, W)``.
     classes : sequence of str
         Names of the K phenotypes, without background.
     instances : str or InstanceMethod
@@ -72,7 +75,9 @@ class CellTyper(nn.Module):
         if isinstance(decoder, str):
             decoder = build_decoder(decoder, *_grid_of(encoder))
         elif isinstance(decoder, type):
-            decoder = decoder(*_grid_of(encoder))
+            channels, patch_size, strides = _grid_of(encoder)
+            where = stride_option(decoder.__name__, decoder, patch_size, strides)
+            decoder = decoder(channels, patch_size, **where)
         self.encoder = encoder
         self.decoder = decoder
         self.classes = tuple(classes)
@@ -114,10 +119,15 @@ class CellTyper(nn.Module):
         return next(self.parameters()).device
 
 
-def _grid_of(encoder: nn.Module) -> tuple[list[int], int]:
-    """Read what a decoder is built from: channels of the maps and the patch size."""
+def _grid_of(encoder: nn.Module) -> tuple[list[int], int, list[int] | None]:
+    """Read what a decoder is built from: channels of the maps, patch size and strides if any."""
+    strides: Any = getattr(encoder, "strides", None)
     try:
-        return list(encoder.channels), int(encoder.patch_size)  # type: ignore[arg-type]
+        return (
+            list(encoder.channels),  # type: ignore[arg-type]
+            int(encoder.patch_size),  # type: ignore[arg-type]
+            None if strides is None else list(strides),
+        )
     except AttributeError as error:
         raise ConfigError(
             f"{type(encoder).__name__} is no encoder: it needs 'channels' and 'patch_size' "
@@ -137,6 +147,23 @@ def _activate(raw: Tensor, how: MapActivation) -> Tensor:
             return F.relu(raw)
         case "identity":
             return raw
+
+
+def _magnification(encoder: Encoder, mpp: float | None) -> float:
+    """Pixels that the network sees per pixel of the model, along a side."""
+    if encoder.mpp is None:
+        return 1.0
+    wanted = find_card(encoder.name).mpp if encoder.mpp == "card" else encoder.mpp
+    if wanted is None:
+        raise ConfigError(
+            f"encoder.mpp=card: the card of {encoder.name} states no resolution; give a number"
+        )
+    if mpp is None:
+        raise ConfigError(
+            f"encoder.mpp={encoder.mpp} needs the resolution of the images, which they do not "
+            "state: set data.mpp"
+        )
+    return mpp / wanted
 
 
 def build_model(
@@ -170,7 +197,11 @@ def build_model(
         weights=config.encoder.weights,
         adapt=config.encoder.adapt,
         seed=config.seed,
+        revision=config.encoder.revision,
+        magnify=_magnification(config.encoder, mpp),
         lora=config.encoder.lora.model_dump(),
+        last_n=config.encoder.last_n,
+        checkpointing=config.encoder.checkpointing,
         **config.encoder.options,
     )
     torch.manual_seed(config.seed)

@@ -8,32 +8,40 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from celltyper.config import Train
+from celltyper.config import Config
+from celltyper.encoders.adapt import depths
 
 
-def make_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW (Loshchilov 2019, doi:10.48550/arXiv.1711.05101) over everything that is trainable.
 
     Parameters
     ----------
     model : nn.Module
-        With an ``encoder``; its parameters get ``encoder_lr``.
-    config : Train
+        With an ``encoder``; its parameters get ``train.encoder_lr``, times
+        ``encoder.layer_decay`` for every block that lies behind them
+        (doi:10.48550/arXiv.2003.10555): the last block gets it all, the embedding least.
+    config : Config
 
     Returns
     -------
     torch.optim.AdamW
         Vectors and scalars (biases, norms, layer scales) have no weight decay.
     """
+    train, decay = config.train, config.encoder.layer_decay
+    depth_of = depths(model.get_submodule("encoder")) if decay < 1 else {}
+    last = max(depth_of.values(), default=0)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            of_encoder = name.startswith("encoder.") and config.encoder_lr is not None
-            lr = config.encoder_lr if of_encoder and config.encoder_lr else config.lr
-            decay = config.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((lr, decay), []).append(parameter)
+            lr = train.lr
+            part, _, inner = name.partition(".")
+            if part == "encoder":
+                lr = (train.encoder_lr or lr) * decay ** (last - depth_of.get(inner, last))
+            weight_decay = train.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((lr, weight_decay), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+        [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
     )
 
 

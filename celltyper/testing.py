@@ -26,8 +26,9 @@ def check_encoder(encoder: nn.Module) -> None:
     Parameters
     ----------
     encoder : nn.Module
-        With ``channels``, ``patch_size``, ``forward(images)`` and, if it is for patch mode,
-        ``embed_dim`` and ``embed(images)``. Its weights are not changed.
+        With ``channels``, ``patch_size``, ``forward(images)``; ``strides`` if maps differ in
+        size; and, if it is for patch mode, ``embed_dim`` and ``embed(images)``. Its weights are
+        not changed.
 
     Raises
     ------
@@ -42,6 +43,18 @@ def check_encoder(encoder: nn.Module) -> None:
     _require(
         isinstance(channels, (list, tuple)) and bool(channels) and _all_int(channels),
         f"{who}.channels must be a list of int, got {channels!r}",
+    )
+    strides: Any = getattr(module, "strides", None)
+    _require(
+        strides is None
+        or (
+            isinstance(strides, (list, tuple))
+            and len(strides) == len(channels)
+            and _all_int(strides)
+            and not any(p % stride for stride in strides)
+        ),
+        f"{who}.strides must be a list of {len(channels)} int that divide patch_size {p}, one "
+        f"for each map, got {strides!r}",
     )
     with _eval(module), _seeded():
         for rows, cols in ((2 * p, 3 * p), (2 * p + 1, 3 * p - 1), (p - 1 or 1, 2 * p)):
@@ -77,6 +90,7 @@ def check_decoder(
     decoder: Callable[..., nn.Module],
     channels: Sequence[int] = (24, 24, 24, 24),
     patch_size: int = 16,
+    strides: Sequence[int] | None = None,
     **options: Any,
 ) -> None:
     """Check a decoder: attributes, shapes at odd sizes, place of every patch, gradients.
@@ -88,7 +102,10 @@ def check_decoder(
     channels : sequence of int
         Channels of the maps that it is given.
     patch_size : int
-        Side of a patch in pixels.
+        Side of a patch in pixels; the coarsest stride of a pyramid.
+    strides : sequence of int, optional
+        Strides of a pyramid's maps in pixels, from fine to coarse, passed to the decoder as
+        ``strides``; by default all are `patch_size` and nothing is passed.
     **options
         Passed to the decoder.
 
@@ -98,6 +115,9 @@ def check_decoder(
         With the first thing that does not fit.
     """
     p = patch_size
+    maps = list(zip(channels, strides or [p] * len(channels), strict=True))
+    if strides is not None:
+        options = options | {"strides": list(strides)}
     with _seeded():
         built: Any = decoder(list(channels), p, **options)
         who = type(built).__name__
@@ -107,7 +127,7 @@ def check_decoder(
         with _eval(built), torch.no_grad():
             sizes = ((2 * p, 3 * p), (2 * p + 1, 4 * p - 1), (p - 1 or 1, 2 * p + 2), (1, 1))
             for rows, cols in sizes:
-                features, images = _made_features(channels, p, 2, rows, cols)
+                features, images = _made_features(maps, p, 2, rows, cols)
                 y = built(features, images)
                 _require(isinstance(y, Tensor), f"{who} must give one Tensor, got {type(y)}")
                 _require(
@@ -117,14 +137,14 @@ def check_decoder(
                 )
                 _require(y.dtype == torch.float32, f"{who}: output is {y.dtype} instead of float32")
                 _require(torch.isfinite(y).all(), f"{who}: output is not finite")
-            features, images = _made_features(channels, p, 2, 2 * p + 3, 2 * p)
+            features, images = _made_features(maps, p, 2, 2 * p + 3, 2 * p)
             alone = built([f[:1] for f in features], images[:1])
             _require(
                 torch.allclose(built(features, images)[:1], alone, rtol=1e-3, atol=1e-4),
                 f"{who}: output of an image depends on the rest of the batch in eval mode",
             )
-            _check_place(built, channels, p, who)
-        _check_gradients(built, channels, p, who)
+            _check_place(built, maps, p, who)
+        _check_gradients(built, maps, p, who)
 
 
 def check_instances(method: InstanceMethod) -> None:
@@ -174,6 +194,7 @@ def check_instances(method: InstanceMethod) -> None:
 
 def _check_maps(module: Any, images: Tensor, who: str) -> None:
     p, channels = module.patch_size, list(module.channels)
+    strides = getattr(module, "strides", None) or [p] * len(channels)
     rows, cols = images.shape[2:]
     maps = module(images)
     where = f"{who}: images of {rows} x {cols} px"
@@ -182,7 +203,8 @@ def _check_maps(module: Any, images: Tensor, who: str) -> None:
         f"{where} must give a list of {len(channels)} maps, one for each of channels",
     )
     for i, m in enumerate(maps):
-        expected = (len(images), channels[i], -(-rows // p), -(-cols // p))
+        grid = (-(-side // p) * p // strides[i] for side in (rows, cols))
+        expected = (len(images), channels[i], *grid)
         _require(
             tuple(m.shape) == expected,
             f"{where}: map {i} is {tuple(m.shape)} instead of {expected}",
@@ -206,13 +228,14 @@ def _check_embedding(module: Any, images: Tensor, who: str) -> None:
     )
 
 
-def _check_place(decoder: Any, channels: Sequence[int], p: int, who: str) -> None:
+def _check_place(decoder: Any, maps: Sequence[tuple[int, int]], p: int, who: str) -> None:
     """Check that a changed patch shows at its place, also where the last patch is cut."""
     # sixteen draws, because chance weights alone move the centre of one
-    features, images = _made_features(channels, p, 16, 9 * p + 1, 9 * p + 1)
+    features, images = _made_features(maps, p, 16, 9 * p + 1, 9 * p + 1)
     before = decoder(features, images)
-    for f in features:
-        f[:, :, 6:8, 6:8] += 1.0
+    for f, (_, stride) in zip(features, maps, strict=True):
+        changed = slice(6 * p // stride, 8 * p // stride)
+        f[:, :, changed, changed] += 1.0
     change = (decoder(features, images) - before).square().sum(dim=(0, 1)).double()
     _require(change.sum() > 0, f"{who}: the output does not depend on the features")
     weight = change / change.sum()
@@ -225,9 +248,9 @@ def _check_place(decoder: Any, channels: Sequence[int], p: int, who: str) -> Non
         )
 
 
-def _check_gradients(decoder: Any, channels: Sequence[int], p: int, who: str) -> None:
+def _check_gradients(decoder: Any, maps: Sequence[tuple[int, int]], p: int, who: str) -> None:
     decoder.train()
-    features, images = _made_features(channels, p, 2, 2 * p, 2 * p)
+    features, images = _made_features(maps, p, 2, 2 * p, 2 * p)
     features = [f.requires_grad_() for f in features]
     y = decoder(features, images)
     _require(y.requires_grad, f"{who}: the output carries no gradient")
@@ -297,10 +320,12 @@ def _made_cells() -> Labels:
 
 
 def _made_features(
-    channels: Sequence[int], p: int, batch: int, rows: int, cols: int
+    maps: Sequence[tuple[int, int]], p: int, batch: int, rows: int, cols: int
 ) -> tuple[list[Tensor], Tensor]:
-    grid = -(-rows // p), -(-cols // p)
-    return [torch.randn(batch, c, *grid) for c in channels], torch.rand(batch, 3, rows, cols)
+    """Maps of as many channels and such strides as `maps` says, and images."""
+    high, wide = -(-rows // p) * p, -(-cols // p) * p
+    features = [torch.randn(batch, c, high // s, wide // s) for c, s in maps]
+    return features, torch.rand(batch, 3, rows, cols)
 
 
 def _all_int(values: Sequence[Any]) -> bool:

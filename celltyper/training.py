@@ -32,10 +32,14 @@ from celltyper.checkpoints import (
     trained_state,
     write_tensors,
 )
-from celltyper.config import Config, Data, Loss, Train
+from celltyper.config import Config, Data, Lora, Loss, Train
 from celltyper.datasets import Dataset, resample, split_by_group
 from celltyper.datasets.tiles import TileSampler
-from celltyper.encoders.trainability import check_trainability, parameter_digest
+from celltyper.encoders import find_card
+from celltyper.encoders.folders import commit_of
+from celltyper.encoders.hub import HUB_NAMES, MADE_NAMES, find_weights
+from celltyper.encoders.lora import read_adapter
+from celltyper.encoders.trainability import check_trainability, fingerprint, parameter_digest
 from celltyper.errors import ConfigError, DataError, TrainingError
 from celltyper.evaluation import SCORES, score_image, summarise
 from celltyper.losses import effective_class_weights
@@ -234,7 +238,7 @@ def _diverged(loss: float, step: int, output: Path, settings: Train) -> str:
 
 
 def _resolved(config: Config, data: Dataset, samples: Iterable[Sample]) -> Config:
-    """Write into the config what was decided from the data: absolute paths, resolution."""
+    """Write into the config what was decided: absolute paths, resolution, commit of weights."""
     mpp = config.data.mpp or data.mpp
     found = {sample.mpp for sample in samples}
     if mpp is None and found != {None}:
@@ -247,13 +251,36 @@ def _resolved(config: Config, data: Dataset, samples: Iterable[Sample]) -> Confi
         mpp = found.pop()
     root = config.data.root.absolute() if config.data.root else None
     weights = config.encoder.weights
-    if Path(weights).is_file():
+    revision = config.encoder.revision
+    if weights in HUB_NAMES:
+        # which commit it was, so that the run is pinned even where the card is not
+        file = find_weights(find_card(config.encoder.name), weights, revision)
+        revision = commit_of(file) or revision
+    elif weights not in MADE_NAMES and Path(weights).exists():
         weights = str(Path(weights).absolute())
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"root": root, "mpp": mpp}),
-            "encoder": config.encoder.model_copy(update={"weights": weights}),
+            "encoder": config.encoder.model_copy(
+                update={
+                    "weights": weights,
+                    "revision": revision,
+                    "lora": _with_adapter(config.encoder.lora),
+                }
+            ),
         }
+    )
+
+
+def _with_adapter(lora: Lora) -> Lora:
+    """Write into the config what the adapter to start from decides; the folder may go later."""
+    if lora.adapter is None:
+        return lora
+    found, default = read_adapter(lora.adapter), Lora()
+    decided = ("rank", "alpha", "targets")
+    return lora.model_copy(
+        update={"adapter": lora.adapter.absolute()}
+        | {k: getattr(found, k) for k in decided if getattr(lora, k) == getattr(default, k)}
     )
 
 
@@ -323,7 +350,8 @@ class _Loop:
         self.config = config
         self.accelerator = accelerator
         self.bare = model
-        self.optimizer = make_optimizer(model, config.train)
+        self.base = fingerprint(model.encoder)
+        self.optimizer = make_optimizer(model, config)
         self.rates = [float(g["lr"]) for g in self.optimizer.param_groups]
         self.weights = (
             None
@@ -332,7 +360,7 @@ class _Loop:
         )
         self.model, self.wrapped = accelerator.prepare(model, self.optimizer)
         # Only now: preparing for several processes gives the parameters new storage.
-        self.state = trained_state(model, config.encoder.adapt)
+        self.state = trained_state(model)
         self.average = Average(self.state, config.train.ema) if config.train.ema else None
         self.lr = 0.0
 
@@ -340,8 +368,7 @@ class _Loop:
         """Put back weights, average and optimiser of a last checkpoint; empty does nothing."""
         if not tensors:
             return
-        adapt = self.config.encoder.adapt
-        load_state(self.bare, _part(tensors, "model."), adapt, where=where)
+        load_state(self.bare, _part(tensors, "model."), where=where)
         if self.average:
             self.average.state = {
                 k: v.to(self.accelerator.device) for k, v in _part(tensors, "average.").items()
@@ -357,7 +384,7 @@ class _Loop:
         factor = learning_rate_factor(step, train.warmup, train.steps)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        self.lr = self.rates[0] * factor
+        self.lr = train.lr * factor
         self.model.train()
         images = batch.pop("image")
         with self.accelerator.autocast():
@@ -399,7 +426,7 @@ class _Loop:
         """Write the best model if this is it, the history, and last the last checkpoint."""
         if improved:
             best = self.average.state if self.average else None
-            save_model(output / MODEL_FILE, self.bare, self.config, best)
+            save_model(output / MODEL_FILE, self.bare, self.config, best, self.base)
         write_history(output, state.history, self.config.train.log)
         tensors = {f"model.{k}": v for k, v in self.state.items()}
         if self.average:

@@ -440,7 +440,7 @@ def test_wrong_recipe(tmp_path: Path, celltyper_command: Run) -> None:
         (("--precision", "fp8"), "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),
         (("--precison", "fp16"), "--precison"),
         (("-m", "nowhere"), "no model at nowhere: give a run folder"),
-        (("--encoder-weights",), "requires an argument"),
+        (("--weights",), "requires an argument"),
     ],
 )
 def test_wrong_options_of_infer(

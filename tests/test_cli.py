@@ -40,7 +40,7 @@ ENOUGH_TO_FIND_CELLS = (
     "train.lr=0.003",
     "train.validate_every=60",
 )
-COMMANDS = ("train", "infer", "eval", "demo", "encoders")
+COMMANDS = ("train", "infer", "eval", "demo", "export", "encoders")
 
 
 Run = Callable[..., Any]
@@ -92,20 +92,6 @@ def test_help_fits_a_terminal_and_tells_every_option(command: str, celltyper_com
             assert parameter.opts[-1] in out
 
 
-def test_encoders_are_listed_and_shown(celltyper_command: Run) -> None:
-    code, out, _ = celltyper_command("encoders")
-    rows = out.splitlines()
-    assert code == 0
-    assert rows[0].split() == ["name", "patch", "dim", "input", "mpp", "licence"]
-    assert any(row.startswith("uni ") and row.endswith("(gated)") for row in rows)
-    assert max(map(len, rows)) < 80
-    code, out, _ = celltyper_command("encoders", "vit_tiny_patch16")
-    assert code == 0
-    shown = dict(row.split(maxsplit=1) for row in out.splitlines() if len(row.split()) > 1)
-    assert shown["patch_size"] == "16"
-    assert shown["embed_dim"] == "192"
-
-
 def test_exit_codes_of_the_process() -> None:
     """As a shell sees them: no traceback, one line, and 0, 1 or 2."""
 
@@ -115,11 +101,11 @@ def test_exit_codes_of_the_process() -> None:
 
     good = run("--version")
     assert (good.returncode, good.stderr) == (0, "")
-    wrong = run("encoders", "unni")
+    wrong = run("encoders", "show", "unni")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("celltyper: unknown encoder 'unni'; did you mean 'uni'? (known:")
     assert wrong.stderr.count("\n") == 1
-    debug = run("--debug", "encoders", "unni")
+    debug = run("--debug", "encoders", "show", "unni")
     assert debug.returncode == 1
     assert "Traceback" in debug.stderr
     assert "ConfigError: unknown encoder 'unni'" in debug.stderr
@@ -140,12 +126,12 @@ def test_any_failure_is_one_line_and_exit_code_1(
     def fails(_: str) -> None:
         raise error
 
-    monkeypatch.setattr("celltyper.encoders.cards.load_card", fails)
-    code, out, err = celltyper_command("encoders", "uni")
+    monkeypatch.setattr("celltyper.encoders.find_card", fails)
+    code, out, err = celltyper_command("encoders", "show", "uni")
     assert (code, out) == (1, "")
     assert err == f"celltyper: {said} (celltyper --debug shows where)\n"
     with pytest.raises(type(error)):
-        main(["--debug", "encoders", "uni"])
+        main(["--debug", "encoders", "show", "uni"])
 
 
 # ---------------------------------------------------------------- train

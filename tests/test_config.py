@@ -19,7 +19,13 @@ def test_defaults_survive_writing_and_reading(tmp_path: Path) -> None:
 def test_overrides_are_yaml_and_nested() -> None:
     config = parse_config(
         {"train": {"steps": 5}},
-        ["train.lr=1e-2", "encoder.lora.rank=4", "data.mpp=null", "decoder.options.width=8"],
+        [
+            "train.lr=1e-2",
+            "encoder.adapt=lora",
+            "encoder.lora.rank=4",
+            "data.mpp=null",
+            "decoder.options.width=8",
+        ],
     )
     assert config.train.steps == 5
     assert config.train.lr == 0.01
@@ -34,7 +40,9 @@ def test_overrides_are_yaml_and_nested() -> None:
         (["train.step=3"], "train.step: unknown key 'step'; did you mean 'steps'?"),
         (["trian.steps=3"], "did you mean 'train'?"),
         (["train.steps=0"], "train.steps: input should be greater than or equal to 1, got 0"),
-        (["encoder.adapt=frosen"], "encoder.adapt: input should be 'frozen', 'lora' or 'full'"),
+        (["encoder.adapt=frosen"], "encoder.adapt: input should be 'frozen', 'lora', 'dora', "),
+        (["encoder.lora.targets=atention"], "encoder.lora.targets: input should be 'attention', "),
+        (["encoder.layer_decay=1.5"], "encoder.layer_decay: input should be less than or equal to"),
         (["train.lr"], "expected section.key=value"),
         (["seed=2", "seed.x=1"], "'seed' is a value, not a section"),
         (["train=[1"], "--set 'train=[1'"),

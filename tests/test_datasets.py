@@ -215,7 +215,7 @@ def test_hidden_files_are_passed_over(folder: Path) -> None:
         ({"mpp": "0.5"}, "'mpp' must be a number or null"),
         ({"mpp": float("nan")}, "'mpp' must be positive"),
         ({"splits": {"train": "a"}}, "'splits' must be"),
-        ({"splits": {"train": ["a", "z"]}}, "split 'train' in meta.json names 'z'"),
+        ({"splits": {"train": ["a", "z"]}}, "split 'train' names 'z'"),
         ({"splits": {"train": ["a"], "test": ["a"]}}, r"group 'a' \(image 'a'\) is in both"),
         (
             {"splits": {"train": ["a"], "test": ["b"]}, "groups": {"a": "p1", "b": "p1"}},
@@ -250,7 +250,7 @@ def test_splits_groups_and_colors(folder: Path) -> None:
     assert test.names == ("a",)
     assert test[0].group == "patient 1"
     assert test.colors == ("#ff0000", "#00ff00")
-    with pytest.raises(DataError, match=r"no split 'val' \(splits in meta.json: train, test\)"):
+    with pytest.raises(DataError, match=r"no split 'val' \(its splits: train, test\)"):
         open_dataset(folder, split="val")
     with pytest.raises(DataError, match="no image 'z'"):
         read_folder(folder)["z"]
@@ -325,7 +325,7 @@ def test_auto_finds_the_reader(folder: Path, masks: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="unknown reader 'coco'"):
         open_dataset(folder, reader="coco")
     (folder / "masks").mkdir()
-    with pytest.raises(DataError, match="has both labels/ and masks/"):
+    with pytest.raises(DataError, match="may be read as folder or masks"):
         open_dataset(folder)
     assert open_dataset(folder, reader="folder").classes == CLASSES
 

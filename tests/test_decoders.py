@@ -13,6 +13,12 @@ from celltyper.encoders import load_encoder
 from celltyper.errors import ConfigError
 from celltyper.testing import check_decoder
 
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 NARROW = {"linear": 8, "unetr": 4, "dpt": 8, "unet": 4}
 
 
@@ -88,7 +94,8 @@ def test_pixels_far_away_do_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["unetr", "unet"])
 def test_image_stem_sees_single_pixels(name: str) -> None:
-    decoder = build_decoder(name, [6] * 4, 16, width=NARROW[name]).eval()
+    # wide enough that some unit is on at the pixel
+    decoder = build_decoder(name, [6] * 4, 16, width=16).eval()
     features, images = made(16, 64, 64)
     before = decoder(features, images)
     images[:, :, 40, 20] += 1
@@ -105,11 +112,52 @@ def test_wrong_number_of_maps(name: str) -> None:
         build_decoder(name, [8, 8, 8], 16)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("strides", [[8, 16], [32, 16, 8, 4], [8, 8, 16, 32], [0, 8, 16, 32]])
+def test_wrong_strides(name: str, strides: list[int]) -> None:
+    message = rf"decoder '{name}' needs a stride for each of 4 maps, from fine to coarse"
+    with pytest.raises(ConfigError, match=message):
+        build_decoder(name, [8] * 4, 32, strides)
+
+
+def test_strides_that_do_not_double() -> None:
+    strides = [2, 8, 16, 32]
+    with pytest.raises(ConfigError, match=r"needs strides that double.*\[2, 8, 16, 32\].*'dpt'"):
+        build_decoder("unetr", [8] * 4, 32, strides)
+    features = [torch.rand(1, 8, 64 // s, 64 // s) for s in strides]
+    for name in ("linear", "dpt", "unet"):
+        decoder = build_decoder(name, [8] * 4, 32, strides, width=NARROW[name])
+        assert decoder(features, torch.rand(1, 3, 61, 34)).shape[2:] == (61, 34)
+
+
+def test_strides_of_one_grid_change_nothing() -> None:
+    for name in DECODERS:
+        plain, told = (
+            build_decoder(name, [6] * 4, 16, *more).state_dict() for more in ([], [[16] * 4])
+        )
+        assert [(k, v.shape) for k, v in plain.items()] == [(k, v.shape) for k, v in told.items()]
+
+
+def test_pyramid_is_used_at_its_own_resolution() -> None:
+    # maps of a pyramid are not resampled, and the finest of them shows at its own stride
+    for name in ("unetr", "dpt", "unet"):
+        decoder = build_decoder(name, [6] * 4, 32, [4, 8, 16, 32], width=8).eval()
+        features = [torch.rand(1, 6, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
+        images = torch.rand(1, 3, 128, 128)
+        before = decoder(features, images)
+        features[0][:, :, 20, 9] += 5
+        change = (decoder(features, images) - before).detach().abs().sum(dim=(0, 1))
+        rows, cols = torch.nonzero(change > 0.5 * change.max()).double().T
+        assert (rows - 82).abs().max() < 12
+        assert (cols - 38).abs().max() < 12
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("unter", {}, "unknown decoder 'unter'; did you mean 'unet.*known: dpt, linear, package"),
         ("dpt", {"widht": 8}, "option of decoder 'dpt' 'widht'; did you mean 'width'"),
+        ("dpt", {"strides": [4, 8, 16, 32]}, "option of decoder 'dpt' 'strides'.*known: width"),
         ("dpt", {"width": 1}, "width of 2 or more"),
         ("unetr", {"width": 0}, "decoder 'unetr' needs a width of 1 or more, got 0"),
         ("linear", {"width": "wide"}, "decoder 'linear' needs a width of 1 or more, got 'wide'"),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,21 +10,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from PIL import Image
 from pydantic import ValidationError
-from safetensors.torch import save_file
 
 from celltyper.encoders import find_card, load_card, load_encoder
-from celltyper.encoders.build import build_timm_model
-from celltyper.encoders.layouts import from_dinov2_hf
 from celltyper.encoders.vit import TimmViT
-from celltyper.encoders.weights import load_weights, read_weights
 from celltyper.errors import CheckpointError, ConfigError
 from celltyper.testing import check_encoder
 
@@ -119,196 +108,10 @@ def test_random_weights_follow_the_seed_and_leave_the_global_state_alone() -> No
         load_encoder("uni", "twin", "lora", seed=s).state_dict() for s in (0, 0, 1)
     )
     assert torch.equal(torch.rand(3), expected)
-    weight = "model.blocks.1.attn.qkv.lora_A.default.weight"
-    for key in ("model.patch_embed.proj.weight", weight):
+    weight = "encoder.model.blocks.1.attn.qkv.lora_A.default.weight"
+    for key in ("encoder.model.patch_embed.proj.weight", weight):
         assert torch.equal(first[key], same[key])
         assert not torch.equal(first[key], other[key])
-
-
-@pytest.mark.parametrize("how", ["safetensors", "half", "pt", "bin", "nested", "prefix", "head"])
-def test_local_weights_come_back(tmp_path: Path, tiny: TimmViT, how: str) -> None:
-    tensors = dict(tiny.model.state_dict())
-    path = tmp_path / "weights.safetensors"
-    if how == "safetensors":
-        save_file(tensors, path)
-    elif how == "half":
-        save_file({k: v.half() for k, v in tensors.items()}, path)
-    elif how == "prefix":
-        save_file({f"module.backbone.{k}": v for k, v in tensors.items()}, path)
-    elif how == "head":
-        classifier = {"head.weight": torch.rand(9, 48), "head.bias": torch.rand(9)}
-        save_file(tensors | classifier, path)
-    else:
-        path = tmp_path / ("weights.bin" if how == "bin" else "weights.pt")
-        torch.save({"state_dict": tensors, "epoch": 3} if how == "nested" else tensors, path)
-    other = build_timm_model(load_card("vit_tiny_patch16"), twin=True)
-    load_weights(other, read_weights(path), path.name)
-    tolerance = 1e-3 if how == "half" else 0
-    for key, value in other.state_dict().items():
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value, tensors[key], rtol=tolerance, atol=tolerance)
-
-
-def test_position_embedding_is_resampled_to_the_grid_of_the_model(tiny: TimmViT) -> None:
-    tensors = dict(tiny.model.state_dict())
-    # a class token of 5 and a ramp along columns on a grid of 8 x 8 instead of 4 x 4
-    ramp = torch.arange(8.0).repeat(8, 1).reshape(1, 64, 1).expand(1, 64, 48)
-    tensors["pos_embed"] = torch.cat([torch.full((1, 1, 48), 5.0), ramp], dim=1)
-    load_weights(tiny.model, tensors, "a file")
-    position = tiny.model.pos_embed.detach()
-    assert position.shape == (1, 17, 48)
-    assert (position[0, 0] == 5).all()
-    grid = position[0, 1:, 0].reshape(4, 4)
-    assert torch.allclose(grid[0], grid[3], atol=1e-5)
-    # away from the border the mean of two neighbours: 2.5 and 4.5
-    assert grid[0, 1:3].tolist() == pytest.approx([2.5, 4.5], abs=0.1)
-    tensors["pos_embed"] = torch.zeros(1, 1 + 63, 48)
-    with pytest.raises(CheckpointError, match="no square grid"):
-        load_weights(tiny.model, tensors, "a file")
-
-
-def test_weights_of_another_encoder_are_refused_with_the_keys(tiny: TimmViT) -> None:
-    tensors = dict(tiny.model.state_dict())
-    less = {k: v for k, v in tensors.items() if not k.startswith("blocks.3.")}
-    with pytest.raises(CheckpointError, match=r"12 missing \(blocks.3.attn.proj.bias, .*\.\.\.\)"):
-        load_weights(tiny.model, less, "a file")
-    with pytest.raises(CheckpointError, match=r"1 left over \(reg_token\)"):
-        load_weights(tiny.model, {**tensors, "reg_token": torch.zeros(1, 4, 48)}, "a file")
-    with pytest.raises(CheckpointError, match=r"1 other shape \(norm.bias \(7,\) instead of \(48,"):
-        load_weights(tiny.model, {**tensors, "norm.bias": torch.zeros(7)}, "a file")
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return exec, ("import pathlib; pathlib.Path('exploded').touch()",)
-
-
-def test_code_in_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"weight": torch.zeros(1), "bomb": Bomb()}, "weights.pt")
-    with pytest.raises(CheckpointError, match="never runs"):
-        load_encoder("vit_tiny_patch16", weights="weights.pt")
-    Path("plain.pt").write_bytes(pickle.dumps({"bomb": Bomb()}))
-    with pytest.raises(CheckpointError, match=r"plain\.pt"):
-        load_encoder("vit_tiny_patch16", weights="plain.pt")
-    assert not Path("exploded").exists()
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "weights.bin"])
-def test_unreadable_weights_are_one_line(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    with pytest.raises(CheckpointError, match="does not exist"):
-        load_encoder("uni", weights=path)
-    for content in (b"", b"no weights at all"):
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError) as caught:
-            load_encoder("vit_tiny_patch16", weights=path)
-        assert name in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-
-def test_weights_of_no_tensors(tmp_path: Path) -> None:
-    torch.save({"epoch": 3}, tmp_path / "a.pt")
-    torch.save(torch.zeros(3), tmp_path / "b.pt")
-    with pytest.raises(CheckpointError, match="holds no tensors"):
-        read_weights(tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="no table of tensors"):
-        read_weights(tmp_path / "b.pt")
-
-
-def hub_error(kind: type[Exception]) -> Exception:
-    # what the hub's errors are built from differs between its versions
-    return kind.__new__(kind, "message")
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (hub_error(GatedRepoError), "accept the terms on huggingface.co/MahmoodLab/UNI, run"),
-        (hub_error(RepositoryNotFoundError), "the hub has no MahmoodLab/UNI"),
-        (LocalEntryNotFoundError("offline"), "out of reach: go online once"),
-        (ConnectionError("no route"), "out of reach: go online once"),
-        (EntryNotFoundError("no such file"), "has none of model.safetensors"),
-    ],
-)
-def test_hub_failures_say_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
-) -> None:
-    def fail(*_: object, **__: object) -> str:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(CheckpointError) as caught:
-        load_encoder("uni")
-    assert message in str(caught.value)
-    assert "encoder.weights=PATH" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_hub_weights_come_from_the_pinned_revision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: TimmViT
-) -> None:
-    asked = []
-    torch.save(tiny.model.state_dict(), tmp_path / "pytorch_model.bin")
-
-    def fetch(repo: str, filename: str, revision: str | None) -> str:
-        asked.append((repo, filename, revision))
-        if filename != "pytorch_model.bin":
-            raise EntryNotFoundError(filename)
-        return str(tmp_path / filename)
-
-    card = load_card("vit_tiny_patch16")
-    pinned = card.model_copy(update={"revision": "abc", "timm_args": card.twin})
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    monkeypatch.setattr("celltyper.encoders.find_card", lambda name: pinned)
-    encoder = load_encoder("vit_tiny_patch16", seed=5)
-    assert asked == [(card.hub_id, f, "abc") for f in ("model.safetensors", "pytorch_model.bin")]
-    images = torch.rand(1, 3, 32, 32)
-    torch.testing.assert_close(encoder(images), tiny(images))
-
-
-def test_dinov2_weights_of_transformers_are_renamed() -> None:
-    model = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, embed_dim=8, depth=1, num_heads=2, init_values=1.0
-    )
-    layer = "encoder.layer.0."
-    theirs = {
-        "embeddings.cls_token": (1, 1, 8),
-        "embeddings.mask_token": (1, 8),
-        "embeddings.position_embeddings": (1, 197, 8),
-        "embeddings.patch_embeddings.projection.weight": (8, 3, 16, 16),
-        "embeddings.patch_embeddings.projection.bias": (8,),
-        f"{layer}norm1.weight": (8,),
-        f"{layer}norm1.bias": (8,),
-        f"{layer}attention.attention.query.weight": (8, 8),
-        f"{layer}attention.attention.query.bias": (8,),
-        f"{layer}attention.attention.key.weight": (8, 8),
-        f"{layer}attention.attention.key.bias": (8,),
-        f"{layer}attention.attention.value.weight": (8, 8),
-        f"{layer}attention.attention.value.bias": (8,),
-        f"{layer}attention.output.dense.weight": (8, 8),
-        f"{layer}attention.output.dense.bias": (8,),
-        f"{layer}layer_scale1.lambda1": (8,),
-        f"{layer}norm2.weight": (8,),
-        f"{layer}norm2.bias": (8,),
-        f"{layer}mlp.fc1.weight": (32, 8),
-        f"{layer}mlp.fc1.bias": (32,),
-        f"{layer}mlp.fc2.weight": (8, 32),
-        f"{layer}mlp.fc2.bias": (8,),
-        f"{layer}layer_scale2.lambda1": (8,),
-        "layernorm.weight": (8,),
-        "layernorm.bias": (8,),
-    }
-    tensors = {name: torch.rand(shape) for name, shape in theirs.items()}
-    load_weights(model, from_dinov2_hf(tensors), "a file")
-    attention = f"{layer}attention.attention."
-    for row, part in enumerate(("query", "key", "value")):
-        rows = slice(8 * row, 8 * row + 8)
-        qkv = model.blocks[0].attn.qkv
-        assert torch.equal(qkv.weight[rows], tensors[f"{attention}{part}.weight"])
-        assert torch.equal(qkv.bias[rows], tensors[f"{attention}{part}.bias"])
-    assert torch.equal(model.blocks[0].ls2.gamma, tensors[f"{layer}layer_scale2.lambda1"])
-    assert torch.equal(model.norm.bias, tensors["layernorm.bias"])
 
 
 @pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "timm/vit_tiny_patch16_224.dino"])
@@ -332,8 +135,7 @@ def test_hub_id_of_a_card_is_that_card() -> None:
     ("name", "message"),
     [
         ("vit_tiny_patch61", "did you mean 'vit_tiny_patch16'.*known: .*uni2-h"),
-        ("timm/resnet18", "cannot be an encoder"),
-        ("timm/swin_base_patch4_window7_224", "no plain vision transformer"),
+        ("timm/mixer_b16_224", "cannot be an encoder"),
         ("timm/no_such_model", "timm has no model"),
     ],
 )
@@ -344,7 +146,7 @@ def test_unknown_encoders(name: str, message: str) -> None:
 
 def test_hub_id_without_card_needs_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="hub is out of reach; take an encoder card"):
+    with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE is set.* or timm/NAME"):
         load_encoder("owner/name", weights="random")
 
 

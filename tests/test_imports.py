@@ -15,7 +15,7 @@ LAYERS = [
     {"__main__", "testing"},
     {"demo"},
     {"results"},
-    {"training", "inference", "reporting"},
+    {"training", "inference", "reporting", "exporting"},
     {"evaluation", "predict", "objective", "runs"},
     {"checkpoints", "optim"},
     {"models"},

@@ -114,6 +114,38 @@ class MixedEmbedding(Encoder):
         return super().embed(images) - super().embed(images).mean(dim=0) / 2
 
 
+class Pyramid(Encoder):
+    """Maps at strides 2 and 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strides: Any = [2, 4]
+        self.first = nn.Conv2d(3, 6, 2, stride=2)
+        self.second = nn.Conv2d(6, 8, 2, stride=2)
+
+
+class StridesOfOneMap(Pyramid):
+    def __init__(self) -> None:
+        super().__init__()
+        self.strides = [2]
+
+
+class StridesThatDoNotDivide(Pyramid):
+    def __init__(self) -> None:
+        super().__init__()
+        self.strides = [3, 4]
+
+
+class OtherStrides(Pyramid):
+    def __init__(self) -> None:
+        super().__init__()
+        self.strides = [4, 4]
+
+
+def test_good_pyramid_passes() -> None:
+    check_encoder(Pyramid())
+
+
 def test_good_encoder_passes_and_keeps_its_mode() -> None:
     encoder = Encoder().train()
     before = copy.deepcopy(encoder.state_dict())
@@ -145,6 +177,9 @@ def test_good_encoder_passes_and_keeps_its_mode() -> None:
         (LongEmbedding, r"embed gives \(2, 48\) instead of \(2, 8\)"),
         (NanEmbedding, "embed is not finite"),
         (MixedEmbedding, "embed of an image depends on the rest"),
+        (StridesOfOneMap, r"strides must be a list of 2 int that divide patch_size 4.*got \[2\]"),
+        (StridesThatDoNotDivide, r"strides must be .*got \[3, 4\]"),
+        (OtherStrides, r"map 0 is \(2, 6, 4, 6\) instead of \(2, 6, 2, 3\)"),
     ],
 )
 def test_broken_encoders(broken: type[Encoder], message: str) -> None:
@@ -243,6 +278,32 @@ class NanGradient(Decoder):
 def test_good_decoder_passes() -> None:
     check_decoder(Decoder)
     check_decoder(Decoder, channels=(5,), patch_size=14)
+
+
+class OnStrides(nn.Module):
+    """A decoder of the finest map."""
+
+    def __init__(self, channels: list[int], patch_size: int, strides: list[int]) -> None:
+        super().__init__()
+        self.out_channels = 3
+        self.p = strides[0]
+        self.conv = nn.Conv2d(channels[0], 3, 1)
+
+    def forward(self, features: list[Tensor], images: Tensor) -> Any:
+        x = F.interpolate(self.conv(features[0]), scale_factor=self.p)
+        return x[:, :, : images.shape[2], : images.shape[3]]
+
+
+class SqueezedStrides(OnStrides):
+    def forward(self, features: list[Tensor], images: Tensor) -> Any:
+        return F.interpolate(self.conv(features[0]), size=images.shape[2:], mode="bilinear")
+
+
+def test_good_decoder_of_a_pyramid_passes() -> None:
+    check_decoder(OnStrides, channels=(5, 6), patch_size=16, strides=(4, 16))
+    # not all of a squeezed map's shift is left at a finer stride, but enough to see
+    with pytest.raises(AssertionError, match="patches around rows 112 px show at 10"):
+        check_decoder(SqueezedStrides, channels=(5, 6), patch_size=16, strides=(4, 16))
 
 
 @pytest.mark.parametrize(

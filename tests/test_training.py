@@ -187,7 +187,7 @@ def test_loading_onto_other_base_weights_is_refused(
 ) -> None:
     config = tiny(made_data, "encoder.adapt=frozen", "train.steps=2")
     run = train(config, tmp_path / "run", device="cpu", progress=False)
-    with pytest.raises(CheckpointError, match=r"trained on other weights.*--encoder-weights"):
+    with pytest.raises(CheckpointError, match=r"trained on other weights.*--weights"):
         # The full-size architecture with random weights is another encoder than its twin.
         load_model(run, encoder_weights="random")
 

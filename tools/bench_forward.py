@@ -83,7 +83,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, widths in WIDTHS.items():
         for width in widths:
-            decoder = build_decoder(name, encoder.channels, p, width=width).eval()
+            strides = getattr(encoder, "strides", None)
+            decoder = build_decoder(name, encoder.channels, p, strides, width=width).eval()
             runs: dict[str, Callable[[], Any]] = {"": lambda d=decoder: d(features, images)}
             if options.compile:
                 faster = torch.compile(decoder)

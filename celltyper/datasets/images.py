@@ -37,7 +37,8 @@ def read_image(path: str | Path) -> ImageFile:
     Parameters
     ----------
     path : str or Path
-        PNG, JPEG or TIFF; any size. TIFF pyramids give their full resolution.
+        PNG, JPEG or TIFF (Aperio's ``.svs`` too); any size. TIFF pyramids give their full
+        resolution.
 
     Returns
     -------
@@ -61,7 +62,7 @@ def read_image(path: str | Path) -> ImageFile:
     """
     path = Path(path)
     _require_file(path)
-    if path.suffix.lower() in (".tif", ".tiff"):
+    if path.suffix.lower() in (".tif", ".tiff", ".svs"):
         pixels, mpp = _read_tiff_colors(path)
     else:
         pixels, mpp = _read_pillow_colors(path), None

@@ -1,4 +1,4 @@
-"""DPT: tokens of four blocks as a pyramid, fused from coarse to fine."""
+"""DPT: four maps as a pyramid, fused from coarse to fine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from celltyper.decoders.grid import resize, to_pixels
-from celltyper.decoders.options import require_four_maps, require_width
+from celltyper.decoders.options import require_four_maps, require_strides, require_width
 
 
 class DptDecoder(nn.Module):
     """Dense prediction transformer's decoder (doi:10.48550/arXiv.2103.13413).
 
     Four maps are reassembled at 4, 2, 1 and 1/2 times the patch grid, fused by residual units
-    and doubled at each step to 8 times the grid, then brought to the pixels.
+    and doubled at each step to 8 times the grid, then brought to the pixels. The maps of a
+    pyramid are fused at their own resolutions, to twice the finest.
 
     Parameters
     ----------
@@ -24,6 +25,8 @@ class DptDecoder(nn.Module):
         Side of a patch in pixels.
     width : int
         Channels of the pyramid; the paper has 256.
+    strides : sequence of 4 int, optional
+        Strides of the maps in pixels, from fine to coarse; by default all are `patch_size`.
 
     Notes
     -----
@@ -31,11 +34,18 @@ class DptDecoder(nn.Module):
     the tile (instance or group norm) would make cells depend on where the tiles lie.
     """
 
-    def __init__(self, channels: Sequence[int], patch_size: int, *, width: int = 64) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        patch_size: int,
+        *,
+        width: int = 64,
+        strides: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         require_four_maps("dpt", channels)
         require_width("dpt", width, least=2)
-        self.patch_size = patch_size
+        self.stride = patch_size
         self.out_channels = width // 2
         scale: list[nn.Module] = [
             nn.ConvTranspose2d(width, width, kernel_size=4, stride=4),
@@ -43,6 +53,10 @@ class DptDecoder(nn.Module):
             nn.Identity(),
             nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1),
         ]
+        if strides is not None:
+            require_strides("dpt", channels, strides)
+            self.stride = strides[-1]
+            scale = [nn.Identity() for _ in channels]
         self.reassemble = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, width, kernel_size=1), s)
             for c, s in zip(channels, scale, strict=True)
@@ -58,16 +72,16 @@ class DptDecoder(nn.Module):
 
     def forward(self, features: Sequence[Tensor], images: Tensor) -> Tensor:
         """Decode four maps ``(B, C, h, w)`` to ``(B, width // 2, H, W)``."""
-        rows, cols = features[-1].shape[2:]
         levels = [part(f) for part, f in zip(self.reassemble, features, strict=True)]
-        sizes = [(8 * rows, 8 * cols), *(level.shape[2:] for level in levels[:3])]
+        rows, cols = levels[0].shape[2:]
+        sizes = [(2 * rows, 2 * cols), *(level.shape[2:] for level in levels[:3])]
         x = levels[3]
         for i in (3, 2, 1, 0):
             if i < 3:
                 x = x + self.enter[i](levels[i])
             # a 1x1 convolution commutes with the resize and is cheaper before it
             x = resize(self.mix[i](self.leave[i](x)), *sizes[i])
-        return to_pixels(self.head(x), features[-1], images, self.patch_size)
+        return to_pixels(self.head(x), features[-1], images, self.stride)
 
 
 class _Residual(nn.Module):

@@ -1,4 +1,4 @@
-"""UNETR: deconvolution stacks lift four blocks' tokens beside an image stem."""
+"""UNETR: four maps as skips beside an image stem; tokens are lifted by deconvolution stacks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from monai.networks.blocks import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
 
 from celltyper.decoders.grid import pad_to_grid, resize, to_pixels
-from celltyper.decoders.options import require_four_maps, require_width
+from celltyper.decoders.options import require_four_maps, require_strides, require_width
 
 
 class UnetrDecoder(nn.Module):
@@ -17,6 +17,9 @@ class UnetrDecoder(nn.Module):
     Four doublings make 16 pixels of a patch. For another patch size the map is resized before
     the last doubling, so that the image stem's map, with the finest detail, is not resampled
     (only where the patch size is odd, and then so is the result).
+
+    The maps of a pyramid need no lifting: they pass a residual block at their own resolution, as
+    in Swin UNETR (doi:10.48550/arXiv.2201.01266).
 
     Parameters
     ----------
@@ -27,6 +30,9 @@ class UnetrDecoder(nn.Module):
     width : int
         Channels at full resolution, and of the output; 2, 4 and 8 times that at each halving.
         The published benchmark has 64.
+    strides : sequence of 4 int, optional
+        Strides of the maps in pixels, each double the one before; by default all are
+        `patch_size`.
 
     Notes
     -----
@@ -34,11 +40,20 @@ class UnetrDecoder(nn.Module):
     on where the tiles lie.
     """
 
-    def __init__(self, channels: Sequence[int], patch_size: int, *, width: int = 16) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        patch_size: int,
+        *,
+        width: int = 16,
+        strides: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         require_four_maps("unetr", channels)
         require_width("unetr", width)
-        self.patch_size = patch_size
+        if strides is not None:
+            require_strides("unetr", channels, strides, doubling=True)
+        self.stride = patch_size if strides is None else strides[-1]
         self.out_channels = width
 
         def lift(inp: int, out: int, doublings: int) -> nn.Module:
@@ -68,18 +83,27 @@ class UnetrDecoder(nn.Module):
             )
             return block
 
-        self.stem: nn.Module = UnetrBasicBlock(
-            spatial_dims=2,
-            in_channels=3,
-            out_channels=width,
-            kernel_size=3,
-            stride=1,
-            norm_name="batch",
-            res_block=True,
-        )
-        self.lift1 = lift(channels[0], 2 * width, 3)
-        self.lift2 = lift(channels[1], 4 * width, 2)
-        self.lift3 = lift(channels[2], 8 * width, 1)
+        def residual(inp: int, out: int) -> nn.Module:
+            block: nn.Module = UnetrBasicBlock(
+                spatial_dims=2,
+                in_channels=inp,
+                out_channels=out,
+                kernel_size=3,
+                stride=1,
+                norm_name="batch",
+                res_block=True,
+            )
+            return block
+
+        self.stem = residual(3, width)
+        if strides is None:
+            self.lift1 = lift(channels[0], 2 * width, 3)
+            self.lift2 = lift(channels[1], 4 * width, 2)
+            self.lift3 = lift(channels[2], 8 * width, 1)
+        else:
+            self.lift1 = residual(channels[0], 2 * width)
+            self.lift2 = residual(channels[1], 4 * width)
+            self.lift3 = residual(channels[2], 8 * width)
         self.merge3 = merge(channels[3], 8 * width)
         self.merge2 = merge(8 * width, 4 * width)
         self.merge1 = merge(4 * width, 2 * width)
@@ -91,8 +115,8 @@ class UnetrDecoder(nn.Module):
         x = self.merge3(last, self.lift3(third))
         x = self.merge2(x, self.lift2(second))
         x = self.merge1(x, self.lift1(first))
-        half = (self.patch_size + 1) // 2
+        half = (self.stride + 1) // 2
         x = resize(x, half * last.shape[2], half * last.shape[3])
-        skip = self.stem(pad_to_grid(images, last, self.patch_size))
+        skip = self.stem(pad_to_grid(images, last, self.stride))
         x = self.merge0(x, resize(skip, 2 * x.shape[2], 2 * x.shape[3]))
-        return to_pixels(x, last, images, self.patch_size)
+        return to_pixels(x, last, images, self.stride)

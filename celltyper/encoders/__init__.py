@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -19,13 +19,12 @@ from celltyper.errors import ConfigError, unknown_name
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from celltyper.encoders.adapt import Adapt
+    from celltyper.encoders.pyramid import TimmPyramid
     from celltyper.encoders.vit import TimmViT
 
 __all__ = ["EncoderCard", "find_card", "list_cards", "load_card", "load_encoder"]
 
-Adapt = Literal["frozen", "lora", "full"]
-
-_LORA_OPTIONS = ("rank", "alpha", "dropout", "targets")
 _CARD_OPTIONS = (
     "feature_blocks",
     "embedding",
@@ -44,7 +43,10 @@ def load_encoder(
     adapt: Adapt = "frozen",
     seed: int = 0,
     lora: Mapping[str, Any] | None = None,
+    revision: str | None = None,
     magnify: float = 1.0,
+    last_n: int = 4,
+    checkpointing: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Build an encoder, fill it with weights, and say what training may change.
@@ -57,19 +59,26 @@ def load_encoder(
     weights : str or Path
         "auto" or "hub": the published weights. "random": the same architecture, random.
         "twin": a tiny random model of the same layout, for tests. Anything else is the path of
-        a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file. Nothing is ever random
-        unless asked for.
-    adapt : {"frozen", "lora", "full"}
-        What training may change: nothing, low-rank adapters, or all weights.
+        a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, or of a folder of such files
+        (see `celltyper.encoders.hub.find_weights`). Nothing is ever random unless asked for.
+    adapt : {"frozen", "lora", "dora", "full", "last-n", "bias", "norm"}
+        What training may change; see `celltyper.encoders.adapt.adapt_encoder`.
     seed : int
         Seed of random weights and adapters; the global random state is left alone.
     lora : mapping, optional
-        Options of `celltyper.encoders.adapt.add_lora`: rank, alpha, dropout, targets. Used
-        with ``adapt="lora"`` only.
+        Options of `celltyper.encoders.lora.add_lora`: rank, alpha, dropout, targets; or
+        ``adapter``, a folder in peft's format to start from. Used with ``adapt="lora"`` and
+        ``"dora"`` only.
+    revision : str, optional
+        Commit or branch of the hub in place of the card's.
     magnify : float
         Pixels that the network sees per pixel of the image, along a side, for feature maps:
         2 shows it an image of 0.5 micrometres per pixel at 0.25. Rounded so that a patch is a
         whole number of pixels of the image.
+    last_n : int
+        Blocks that ``adapt="last-n"`` trains.
+    checkpointing : bool
+        Recompute the blocks in the backward pass: less memory, about a third more time.
     **options
         Replace what the card says: feature_blocks, embedding, mean, std, input_size, resize,
         interpolation, scales.
@@ -88,21 +97,21 @@ def load_encoder(
     """
     import torch
 
-    from celltyper.encoders.adapt import add_lora, freeze
+    from celltyper.encoders.adapt import adapt_encoder, check_adapt
     from celltyper.encoders.weights import load_weights
 
-    if adapt not in ("frozen", "lora", "full"):
-        raise unknown_name("adapt", adapt, ("frozen", "lora", "full"))
-    for key in lora or {}:
-        if key not in _LORA_OPTIONS:
-            raise unknown_name("lora option", key, _LORA_OPTIONS)
+    check_adapt(adapt, lora)
     card = _with_options(find_card(name), options)
     # read before building: a large model takes a minute to build, a wrong path none to refuse
-    tensors = None if weights in ("random", "twin") else _read(card, weights)
+    tensors = None if weights in ("random", "twin") else _read(card, weights, revision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vit = _build(card, twin=weights == "twin", magnify=magnify)
         if tensors is not None:
+            if card.family == "pyramid":
+                from celltyper.encoders.pyramid import in_timm_names
+
+                tensors = in_timm_names(tensors, vit.model)
             from_hub = weights in ("auto", "hub")
             load_weights(vit.model, tensors, str(card.hub_id if from_hub else weights))
         encoder: nn.Module = vit
@@ -110,12 +119,7 @@ def load_encoder(
             from celltyper.encoders.multiscale import MultiScale
 
             encoder = MultiScale(vit, card.scales)
-        encoder.eval()
-        if adapt == "frozen":
-            return freeze(encoder)
-        if adapt == "lora":
-            return add_lora(encoder, **(lora or {})).eval()
-    return encoder
+        return adapt_encoder(encoder, adapt, lora=lora, last_n=last_n, checkpointing=checkpointing)
 
 
 def find_card(name: str) -> EncoderCard:
@@ -159,13 +163,15 @@ def _with_options(card: EncoderCard, options: Mapping[str, Any]) -> EncoderCard:
         raise ConfigError(f"encoder option{what}: {problem}") from error
 
 
-def _build(card: EncoderCard, *, twin: bool, magnify: float) -> TimmViT:
+def _build(card: EncoderCard, *, twin: bool, magnify: float) -> TimmViT | TimmPyramid:
     from celltyper.encoders.build import build_timm_model
+    from celltyper.encoders.pyramid import TimmPyramid
     from celltyper.encoders.vit import TimmViT
 
-    encoder = TimmViT(
+    family = TimmPyramid if card.family == "pyramid" else TimmViT
+    encoder = family(
         build_timm_model(card, twin=twin),
-        blocks=card.feature_blocks,
+        card.feature_blocks,
         mean=card.mean,
         std=card.std,
         embedding=card.embedding,
@@ -178,13 +184,8 @@ def _build(card: EncoderCard, *, twin: bool, magnify: float) -> TimmViT:
     return encoder
 
 
-def _read(card: EncoderCard, weights: str | Path) -> dict[str, Tensor]:
-    from celltyper.encoders.hub import download_weights
-    from celltyper.encoders.layouts import from_dinov2_hf
+def _read(card: EncoderCard, weights: str | Path, revision: str | None) -> dict[str, Tensor]:
+    from celltyper.encoders.hub import find_weights
     from celltyper.encoders.weights import read_weights
 
-    from_hub = weights in ("auto", "hub")
-    tensors = read_weights(download_weights(card) if from_hub else Path(weights))
-    if card.key_layout == "dinov2-hf" and any("attention.attention." in key for key in tensors):
-        return from_dinov2_hf(tensors)
-    return tensors
+    return read_weights(find_weights(card, weights, revision))

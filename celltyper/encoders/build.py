@@ -39,28 +39,49 @@ def build_timm_model(card: EncoderCard, *, twin: bool = False) -> Any:
     Raises
     ------
     ConfigError
-        If timm does not know the architecture, or it is no vision transformer.
+        If timm does not know the architecture, or it is not of the card's family.
     """
+    if twin and not card.twin:
+        raise ConfigError(f"encoder {card.name!r} has no tiny twin; take weights='random'")
     arguments = {**card.timm_args, **(card.twin if twin else {})}
     for key in ("mlp_layer", "act_layer"):
         if isinstance(arguments.get(key), str):
             if arguments[key] not in _LAYERS:
                 raise ConfigError(f"encoder {card.name!r}: {key} {arguments[key]!r} is not known")
             arguments[key] = _LAYERS[arguments[key]]
+    if card.family == "vit":
+        arguments["dynamic_img_size"] = True
     try:
-        model = timm.create_model(
-            card.timm_name, pretrained=False, num_classes=0, dynamic_img_size=True, **arguments
-        )
+        model = timm.create_model(card.timm_name, pretrained=False, num_classes=0, **arguments)
     except TypeError as error:
         raise ConfigError(
             f"encoder {card.name!r}: timm's {card.timm_name!r} does not take these arguments or "
             f"any image size, so it cannot be an encoder here ({error})"
         ) from error
-    parts = ("blocks", "patch_embed", "num_prefix_tokens", "forward_intermediates")
-    lacking = [part for part in parts if not hasattr(model, part)]
-    if lacking or "stop_early" not in inspect.signature(model.forward_intermediates).parameters:
-        raise ConfigError(
-            f"encoder {card.name!r}: timm's {card.timm_name!r} is no plain vision transformer "
-            f"(it lacks {', '.join(lacking) or 'forward_intermediates'})"
-        )
+    fits, what = (
+        (is_plain_vit, "plain vision transformer")
+        if card.family == "vit"
+        else (is_pyramid, "pyramid of feature maps")
+    )
+    if not fits(model):
+        raise ConfigError(f"encoder {card.name!r}: timm's {card.timm_name!r} is no {what}")
     return model
+
+
+def is_plain_vit(model: Any) -> bool:
+    """Tell whether a timm model is a vision transformer whose blocks share one grid of tokens."""
+    parts = ("blocks", "patch_embed", "num_prefix_tokens")
+    return all(hasattr(model, part) for part in parts) and _gives_maps(model)
+
+
+def is_pyramid(model: Any) -> bool:
+    """Tell whether a timm model gives maps that get coarser from level to level."""
+    if not hasattr(model, "head_hidden_size") or not _gives_maps(model):
+        return False
+    strides = [info["reduction"] for info in getattr(model, "feature_info", [])]
+    return len(set(strides)) > 1 and strides == sorted(strides)
+
+
+def _gives_maps(model: Any) -> bool:
+    method = getattr(model, "forward_intermediates", None)
+    return method is not None and "stop_early" in inspect.signature(method).parameters

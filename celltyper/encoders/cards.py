@@ -36,8 +36,6 @@ class EncoderCard(BaseModel):
     hub_id, revision : str or None
         Hugging Face repository and commit of the weights. A revision of None means the
         repository's main branch.
-    key_layout : {"timm", "dinov2-hf"}
-        Naming of the published weights; the second is that of transformers' ``Dinov2Model``.
     input_size : int or None
         Side in pixels of the square that an embedding is computed of; None takes an image as it
         is. Feature maps are computed at any size.
@@ -79,7 +77,6 @@ class EncoderCard(BaseModel):
     parameters: float | None = Field(default=None, gt=0)
     hub_id: str | None = None
     revision: str | None = None
-    key_layout: Literal["timm", "dinov2-hf"] = "timm"
     input_size: int | None = Field(default=224, ge=1)
     resize: int | None = Field(default=None, ge=1)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"

@@ -35,7 +35,7 @@ class Prepare(nn.Module):
         Length to which the shorter side is scaled before the central `input_size` is cut out;
         None is `input_size`.
     interpolation : {"bilinear", "bicubic"}
-        How images are scaled; shrinking is smoothed against aliasing.
+        How images are scaled, in the way of Pillow and torchvision.
 
     Attributes
     ----------
@@ -132,9 +132,10 @@ class Prepare(nn.Module):
     def _resized(self, images: Tensor, rows: int, cols: int) -> Tensor:
         if images.shape[2:] == (rows, cols):
             return images
-        shrinks = rows < images.shape[2] or cols < images.shape[3]
+        # smoothed whichever way: without it torch enlarges by another cubic than Pillow and
+        # torchvision, with which the published encoders were trained
         return F.interpolate(
-            images, (rows, cols), mode=self.interpolation, align_corners=False, antialias=shrinks
+            images, (rows, cols), mode=self.interpolation, align_corners=False, antialias=True
         )
 
 

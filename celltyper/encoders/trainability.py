@@ -10,15 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from celltyper.encoders.adapt import Frozen, is_lora
+from celltyper.encoders.adapt import ADAPTS, Adapted
+from celltyper.encoders.lora import is_lora
 from celltyper.errors import TrainingError, unknown_name
+
+_MAY_CHANGE: dict[str, tuple[str, ...]] = {
+    "frozen": (),
+    "lora": ("encoder.lora",),
+    "dora": ("encoder.lora",),
+    "full": ("encoder",),
+    "last-n": ("encoder.trained", "encoder.trained.buffers"),
+    "bias": ("encoder.trained",),
+    "norm": ("encoder.trained",),
+}
+"""Parts of the encoder that training may change; the first it must. "full" may change all."""
 
 
 def fingerprint(encoder: nn.Module) -> str:
     """SHA-256 of an encoder's base weights and buffers, by name, shape, dtype and value.
 
-    Freezing or adding adapters does not change it, so a checkpoint that holds only decoder and
-    adapters can refuse an encoder that it was not trained on.
+    Only what training does not change counts: a checkpoint that holds the decoder and what was
+    trained can refuse an encoder that it was not trained on. Freezing or adding adapters does
+    not change it.
 
     Parameters
     ----------
@@ -30,9 +43,14 @@ def fingerprint(encoder: nn.Module) -> str:
     str
         64 hexadecimal digits.
     """
-    inner = encoder.encoder if isinstance(encoder, Frozen) else encoder
+    trained = encoder.trained if isinstance(encoder, Adapted) else frozenset()
+    prefix = "encoder." if isinstance(encoder, Adapted) else ""
     digest = hashlib.sha256()
-    tensors = {n.replace(".base_layer.", "."): t for n, t in _tensors(inner) if not is_lora(n)}
+    tensors = {
+        n.removeprefix(prefix).replace(".base_layer.", "."): t
+        for n, t in _tensors(encoder)
+        if n not in trained and not is_lora(n)
+    }
     for name in sorted(tensors):
         _update(digest, name, tensors[name])
     return digest.hexdigest()
@@ -49,17 +67,28 @@ def parameter_digest(module: nn.Module) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        For every child ``c`` of the module: ``c`` its parameters, ``c.lora`` its adapters,
-        ``c.buffers`` its buffers; parts without tensors are left out.
+        For every child ``c`` of the module: ``c`` its parameters, ``c.buffers`` its buffers;
+        of an `Adapted` encoder apart from these ``c.lora`` its adapters, ``c.trained`` other
+        parameters that it promised to train, ``c.trained.buffers`` the norm statistics among
+        them. Parts without tensors are left out.
     """
     buffers = {name for name, _ in module.named_buffers()}
+    trained = {
+        f"{child}.{name}"
+        for child, part in module.named_children()
+        if isinstance(part, Adapted)
+        for name in part.trained
+    }
     digests: dict[str, Any] = {}
     for name, tensor in sorted(_tensors(module)):
         group = name.partition(".")[0]
+        if is_lora(name):
+            group += ".lora"
+        elif name in trained:
+            # by what was promised, not by what requires a gradient now
+            group += ".trained"
         if name in buffers:
             group += ".buffers"
-        elif is_lora(name):
-            group += ".lora"
         _update(digests.setdefault(group, hashlib.sha256()), name, tensor)
     return {group: digest.hexdigest() for group, digest in sorted(digests.items())}
 
@@ -71,7 +100,7 @@ class Trainability:
     Parameters
     ----------
     adapt : str
-        "frozen", "lora" or "full".
+        The mode, as in `celltyper.encoders.adapt.adapt_encoder`.
     changed, unchanged : tuple of str
         Parts of the model by the names of `parameter_digest`.
     digests : dict of str to str
@@ -93,7 +122,7 @@ def check_trainability(
     ----------
     before, after : mapping of str to str
         `parameter_digest` of the model around training.
-    adapt : {"frozen", "lora", "full"}
+    adapt : {"frozen", "lora", "dora", "full", "last-n", "bias", "norm"}
         What was promised.
 
     Returns
@@ -104,24 +133,24 @@ def check_trainability(
     Raises
     ------
     TrainingError
-        If frozen weights or buffers changed, if the base below LoRA changed, if the adapters or
-        a full encoder did not, or if nothing at all was trained.
+        If weights or buffers of the encoder changed that must not, if those promised did not,
+        or if nothing at all was trained.
     """
-    if adapt not in ("frozen", "lora", "full"):
-        raise unknown_name("adapt", adapt, ("frozen", "lora", "full"))
+    if adapt not in ADAPTS:
+        raise unknown_name("adapt", adapt, ADAPTS)
     if before.keys() != after.keys():
         parts = ", ".join(sorted(before.keys() ^ after.keys()))
         raise TrainingError(f"the model has other parts after training than before: {parts}")
     changed = tuple(sorted(part for part in before if before[part] != after[part]))
     unchanged = tuple(sorted(part for part in before if before[part] == after[part]))
-    if adapt in ("frozen", "lora"):
-        for part in ("encoder", "encoder.buffers", *(["encoder.lora"] * (adapt == "frozen"))):
-            if part in changed:
-                raise TrainingError(
-                    f"adapt is {adapt!r} but training changed {part!r}: the encoder's weights "
-                    "must stay as they are; is it in the optimiser or in training mode?"
-                )
-    wanted = {"frozen": None, "lora": "encoder.lora", "full": "encoder"}[adapt]
+    of_encoder = [part for part in changed if part.partition(".")[0] == "encoder"]
+    broken = [part for part in of_encoder if adapt != "full" and part not in _MAY_CHANGE[adapt]]
+    if broken:
+        raise TrainingError(
+            f"adapt is {adapt!r} but training changed {broken[0]!r}: those weights must stay as "
+            "they are; is one in the optimiser or in training mode?"
+        )
+    wanted = next(iter(_MAY_CHANGE[adapt]), None)
     if wanted is not None and wanted not in changed:
         reason = "did not change" if wanted in before else "is not there"
         raise TrainingError(f"adapt is {adapt!r} but {wanted!r} {reason} in training")
@@ -137,6 +166,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _update(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    # as bytes, because NumPy has no bfloat16
     values = tensor.detach().cpu().contiguous().view(-1)
-    digest.update(values.view(torch.uint8).numpy().tobytes() if values.numel() else b"")
+    if values.numel():
+        # as bytes, because NumPy has no bfloat16; not copied
+        digest.update(values.view(torch.uint8).numpy())

@@ -91,7 +91,7 @@ class TimmViT(nn.Module):
         )
         rows, cols = (side // self.prepare.stride for side in x.shape[2:])
         last = tokens[:, self.model.num_prefix_tokens :].transpose(1, 2)
-        maps[-1] = last.reshape(len(x), -1, rows, cols)
+        maps[-1] = last.unflatten(2, (rows, cols))
         return list(maps)
 
     def embed(self, images: Tensor) -> Tensor:

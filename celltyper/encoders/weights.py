@@ -13,12 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from celltyper.encoders.layouts import strip_prefixes, take_trunk
+from celltyper.encoders.layouts import to_timm
 from celltyper.errors import CheckpointError
 
-_NESTS = ("state_dict", "model", "teacher")
-# classifier and masked-patch token: used in pretraining only
-_UNUSED = ("head.weight", "head.bias", "mask_token", "embeddings.mask_token")
+# where tables of several networks lie side by side, the first of these is taken
+_NESTS = ("teacher", "state_dict", "model", "student")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -56,10 +55,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"weights file {path} cannot be read: {reason}") from error
-    for nest in _NESTS:
-        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
-            content = content[nest]
+    while isinstance(content, Mapping):
+        nest = next((n for n in _NESTS if isinstance(content.get(n), Mapping)), None)
+        if nest is None:
             break
+        content = content[nest]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"weights file {path} holds no table of tensors")
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
@@ -69,18 +69,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Put tensors into a timm vision transformer; every one must find its place.
+    """Put tensors into a timm model; every one must find its place.
 
-    Wrapper prefixes are stripped, the classifier is dropped, and the position embedding is
-    resampled to the model's grid. Of a vision-language model only the vision transformer behind
-    ``trunk.`` is taken. Values take the dtype of the model.
+    Foreign namings are recognised (see `celltyper.encoders.layouts.to_timm`), classifier and
+    pretraining heads are dropped, and the position embedding is resampled to the model's grid.
+    Values take the dtype of the model.
 
     Parameters
     ----------
     model : nn.Module
         timm model made with ``num_classes=0``; changed in place.
     tensors : mapping of str to Tensor
-        Weights in timm's naming.
+        Weights in any published naming.
     source : str
         Where they come from, for messages.
 
@@ -90,8 +90,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         If keys are missing, left over or of another shape; the first few are listed.
     """
     expected = model.state_dict()
-    found = strip_prefixes(take_trunk(tensors), set(expected))
-    found = {k: v for k, v in found.items() if k in expected or k not in _UNUSED}
+    found = to_timm(tensors, expected.keys())
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected))
     if missing or extra:

@@ -90,11 +90,11 @@ def check_splits(
         unknown = [n for n in names if n not in groups]
         if unknown:
             raise DataError(
-                f"{where}: split {split!r} in meta.json names {listing(unknown)}, "
+                f"{where}: split {split!r} names {listing(unknown)}, "
                 "which is not among the images"
             )
         if len(set(names)) != len(names):
-            raise DataError(f"{where}: split {split!r} in meta.json lists an image twice")
+            raise DataError(f"{where}: split {split!r} lists an image twice")
         for name in names:
             other = owner.setdefault(groups[name], split)
             if other != split:
