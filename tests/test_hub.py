@@ -621,7 +621,7 @@ def test_train_and_infer_with_weights_of_a_hub_keep_the_token(
     trained = celltyper_command("train", "linear", "-o", run, *words)
     assert trained.code == 0, trained.err
     # the card pins nothing, the run does
-    assert f"revision: '{COMMIT}'" in (run / "config.yaml").read_text()
+    assert f"revision: {COMMIT}" in (run / "config.yaml").read_text()
     image = next((made_data / "test" / "images").iterdir())
     typed = celltyper_command("infer", image, "-m", run, "-o", out, "--mpp", "0.5")
     assert typed.code == 0, typed.err
