@@ -361,7 +361,7 @@ def check(name: str, weights: str | None, image: Path | None, device: str, quiet
 
 @cli.group()
 def data() -> None:
-    """Look at annotated images, find mistakes in them, and store them for training."""
+    """Describe annotated images, find mistakes in them, store them."""
 
 
 READING = (
@@ -400,13 +400,13 @@ def prepare(
     taxonomy: Path | None,
     quiet: bool,
 ) -> None:
-    r"""Put annotated images of any layout into one store that training reads fast.
+    """Put annotated images into one store that trains fast.
 
-    If it is stopped, the same command goes on where it was.
+    Any layout will do. If it is stopped, the same command goes on where it was.
 
     \b
-    celltyper data prepare LIZARD PANNUKE -o cells.zarr --taxonomy common.yaml
-    """
+    celltyper data prepare LIZARD PANNUKE -o cells.zarr --taxonomy T.yaml
+    """  # noqa: D301
     _log(quiet)
     from celltyper.datasets.store import write_store
     from celltyper.readers import open_sources
@@ -437,7 +437,10 @@ def prepare(
 def check_data(
     context: click.Context, path: Path, reader: str, taxonomy: Path | None, quiet: bool
 ) -> None:
-    """Find mistakes in the annotated images of PATH; exit code 2 if there are errors."""
+    """Find mistakes in annotated images.
+
+    Exit code 2 if there are errors, 0 if there are only warnings.
+    """
     _log(quiet)
     from celltyper.datasets.checking import check_dataset
     from celltyper.datasets.summary import check_text
@@ -454,7 +457,7 @@ def check_data(
 @click.argument("path", type=PATH)
 @reading
 def info(path: Path, reader: str, taxonomy: Path | None, quiet: bool) -> None:
-    """Show what the annotated images of PATH are: layout, sizes, classes, splits, groups."""
+    """Show layout, sizes, resolution, classes, splits and groups."""
     _log(quiet)
     from celltyper.datasets.checking import describe
     from celltyper.datasets.summary import description_text

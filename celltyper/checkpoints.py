@@ -143,16 +143,17 @@ def load_model(
     if not file.is_file():
         raise CheckpointError(f"no model at {file}: give a run folder that 'celltyper train' wrote")
     state, values = read_tensors(file)
+    # before the rest, which another format may hold in another way
+    if values.get("format", FORMAT) != FORMAT:
+        raise CheckpointError(
+            f"{file} has checkpoint format {values['format']}, this celltyper reads {FORMAT}; "
+            f"use celltyper {values.get('celltyper_version', 'of another version')}"
+        )
     try:
         header = Header(**values)
         config = parse_config(header.config, where=f"config in {file}")
     except TypeError as error:
         raise CheckpointError(f"{file} is not a celltyper model: {one_line(error)}") from error
-    if header.format != FORMAT:
-        raise CheckpointError(
-            f"{file} has checkpoint format {header.format}, this celltyper reads {FORMAT}; "
-            f"use celltyper {header.celltyper_version}"
-        )
     code = [n for n in (config.decoder.name, config.instances.method) if ":" in n]
     if code and not allow_code:
         raise CheckpointError(

@@ -26,7 +26,25 @@ class Data(Section):
     """
 
     root: Path | None = None
-    reader: Literal["auto", "folder", "masks"] = "auto"
+    reader: Literal[
+        "auto",
+        "store",
+        "folder",
+        "masks",
+        "lizard",
+        "conic",
+        "consep",
+        "pannuke",
+        "pathocell",
+        "arctique",
+        "monuseg",
+        "monusac",
+        "dsb2018",
+        "nuinsseg",
+        "qupath",
+        "points",
+    ] = "auto"
+    taxonomy: Path | None = None
     train: str = "train"
     val: str = "val"
     val_fraction: float = Field(0.2, gt=0.0, lt=1.0)
@@ -78,6 +96,8 @@ class Encoder(Section):
             "layer_decay": ("full", "last-n"),
             "checkpointing": ("lora", "dora", "full", "last-n", "bias", "norm"),
         }
+        if self.revision is not None and self.weights in ("random", "twin"):
+            raise ValueError(f"encoder.revision has no effect with encoder.weights={self.weights}")
         for option, modes in used_by.items():
             unused = self.adapt not in modes
             if unused and getattr(self, option) != type(self).model_fields[option].default:

@@ -8,7 +8,7 @@ resampling of clusters gives the interval of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +100,8 @@ class ImageScores:
         Aggregated Jaccard index of the image.
     radius : str
         Largest distance of ``near`` pairs, with its unit.
+    unannotated : tuple of int
+        Classes that the annotation does not cover.
     """
 
     name: str
@@ -115,6 +117,7 @@ class ImageScores:
     pred_block: NDArray[np.int64]
     aji: float
     radius: str
+    unannotated: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +169,8 @@ def score_image(prediction: Prediction, sample: Sample) -> ImageScores:
     ----------
     prediction : Prediction
     sample : Sample
-        Of the same image.
+        Of the same image. Predicted cells of classes that its annotation does not cover are left
+        out where they match no nucleus: they may well be there.
 
     Returns
     -------
@@ -183,10 +187,13 @@ def score_image(prediction: Prediction, sample: Sample) -> ImageScores:
             f"{sample.labels.shape}: predict the same image"
         )
     n_classes = len(prediction.classes)
+    mpp = sample.mpp or prediction.mpp
+    radius = RADIUS_UM / mpp if mpp else RADIUS_PX
+    if sample.unannotated:
+        prediction = _without_possible(prediction, sample, radius)
     table = overlap(sample.labels, prediction.labels)
     known = sample.known_phenotypes
     reference = reference_instance_classes(sample.labels, known, prediction.probabilities)
-    mpp = sample.mpp or prediction.mpp
     centers = centroids(sample.labels), centroids(prediction.labels)
     width = -(-sample.labels.shape[1] // BLOCK_PX)
     blocks = [(c // BLOCK_PX).astype(np.int64) @ np.array([width, 1]) for c in centers]
@@ -197,13 +204,30 @@ def score_image(prediction: Prediction, sample: Sample) -> ImageScores:
         guess=types_of(table.pred_ids, prediction.phenotypes, n_classes),
         seen=reference.predicted,
         confidence=reference.probabilities,
-        near=match_points(*centers, RADIUS_UM / mpp if mpp else RADIUS_PX),
+        near=match_points(*centers, radius),
         strict=match_iou(table),
         loose=match_iou(table, inclusive=True),
         ref_block=blocks[0],
         pred_block=blocks[1],
         aji=aggregated_jaccard(table).score,
         radius=f"{RADIUS_UM:g} um" if mpp else f"{RADIUS_PX:g} px (resolution unknown)",
+        unannotated=sample.unannotated,
+    )
+
+
+def _without_possible(prediction: Prediction, sample: Sample, radius: float) -> Prediction:
+    """Leave out cells of unannotated classes that match no nucleus by distance or overlap."""
+    table = overlap(sample.labels, prediction.labels)
+    near = match_points(centroids(sample.labels), centroids(prediction.labels), radius)
+    gone = np.isin(prediction.phenotypes, sample.unannotated)
+    for matched in (near.pred, match_iou(table, inclusive=True).pred):
+        gone[table.pred_ids[matched]] = False
+    kept = ~gone[1:]
+    new = np.concatenate([[0], np.cumsum(kept) * kept]).astype(np.int32)
+    return replace(
+        prediction,
+        labels=new[prediction.labels],
+        cell_probabilities=prediction.cell_probabilities[kept],
     )
 
 
@@ -255,6 +279,12 @@ def summarise(
         tally_found(sums["found"], objects, image.near)
         tally_quality(sums["class_pq"], sums["pq"], objects, image.strict)
         tally_pairs(pairs, objects, image.near)
+    # A class that no image annotates has no score, not the score 0.
+    nowhere = sorted(set.intersection(*(set(i.unannotated) for i in images))) if images else []
+    for kind in ("near", "loose", "class_pq"):
+        sums[kind][:, nowhere] = 0
+    sums["confusion"][:, :, 0] += sums["confusion"][:, :, nowhere].sum(-1)
+    sums["confusion"][:, :, nowhere] = 0
 
     def estimate(counts: Values, statistic: Callable[[Values], Values]) -> Estimate:
         value = float(statistic(counts.sum(0)))
@@ -400,7 +430,9 @@ def _per_image(images: Sequence[ImageScores], n_classes: int) -> dict[str, Value
         bpq.append(float(pq_of_counts(binary[0])))
         mpq.append(float(mpq_pannuke(by_class[0, 1:])))
         counts = [np.bincount(c, minlength=n_classes + 1)[1:] for c in (image.true, image.guess)]
-        moments.append(count_moments(*counts))
+        row = count_moments(*counts)
+        row[[k - 1 for k in image.unannotated]] = 0
+        moments.append(row)
     return {
         "bpq": np.array(bpq),
         "mpq": np.array(mpq),

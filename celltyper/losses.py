@@ -23,7 +23,7 @@ WeightRule = Literal["inverse", "effective", "published", "none"]
 IGNORED = -1
 """Class of target pixels that do not count."""
 
-MapLossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+MapLossFunction = Callable[..., Tensor]
 
 
 def cross_entropy(
@@ -32,6 +32,7 @@ def cross_entropy(
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.05,
     ignore_index: int = IGNORED,
+    unannotated: Tensor | None = None,
 ) -> Tensor:
     """Pixelwise cross-entropy.
 
@@ -49,6 +50,10 @@ def cross_entropy(
         Share of the target spread evenly over all classes (doi:10.1109/CVPR.2016.308).
     ignore_index : int
         Pixels of this target do not count.
+    unannotated : Tensor of bool, shape (B, C), optional
+        Classes that the annotation of an image does not cover. Its background may be of one of
+        them, so there the probability of background is that of all these together: the label-set
+        loss (doi:10.1007/978-3-030-87196-3_60), with the weight of background.
 
     Returns
     -------
@@ -57,6 +62,10 @@ def cross_entropy(
     """
     if bool((target == ignore_index).all()):
         return logits.sum() * 0.0
+    if unannotated is not None and bool(unannotated.any()):
+        return _label_set_entropy(
+            logits.float(), target, unannotated, class_weights, label_smoothing, ignore_index
+        )
     return F.cross_entropy(
         logits.float(),
         target,
@@ -64,6 +73,32 @@ def cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
+
+
+def _label_set_entropy(
+    logits: Tensor,
+    target: Tensor,
+    unannotated: Tensor,
+    class_weights: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    log_p = logits.log_softmax(1)
+    valid = target != ignore_index
+    index = target.where(valid, 0)
+    possible = unannotated.clone()
+    possible[:, 0] = True
+    together = log_p.masked_fill(~possible[:, :, None, None], -torch.inf).logsumexp(1)
+    single = log_p.gather(1, index[:, None])[:, 0]
+    # Where an image is annotated in full, the set is background alone: the same number.
+    found = together.where(index == 0, single)
+    weights = log_p.new_ones(log_p.shape[1])
+    if class_weights is not None:
+        weights = class_weights.to(log_p)
+    weight = weights[index] * valid
+    spread = (log_p * weights[:, None, None]).mean(1) * valid
+    terms = (1 - label_smoothing) * weight * found + label_smoothing * spread
+    return -terms.sum() / weight.sum().clamp(min=1e-12)
 
 
 def effective_class_weights(
@@ -193,7 +228,9 @@ def focal(
     return terms.sum() / weight.sum().clamp(min=1e-12)
 
 
-def bce_dice(logit: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:
+def bce_dice(
+    logit: Tensor, mask: Tensor, smooth: float = 1.0, valid: Tensor | None = None
+) -> Tensor:
     """Binary cross-entropy plus soft Dice, for a foreground map.
 
     Parameters
@@ -204,6 +241,8 @@ def bce_dice(logit: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:
         Target in [0, 1].
     smooth : float
         Added to both sides of Dice, in pixels.
+    valid : Tensor of bool, shape (B, 1, H, W), optional
+        Pixels that count; by default all.
 
     Returns
     -------
@@ -211,25 +250,44 @@ def bce_dice(logit: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:
         Scalar. Dice sums over the batch, per channel.
     """
     logit, mask = logit.float(), mask.float()
-    probability = logit.sigmoid()
+    probability, truth = logit.sigmoid(), mask
+    if valid is not None:
+        probability, truth = probability * valid, truth * valid
     dims = (0, 2, 3)
-    overlap = (probability * mask).sum(dims)
-    sizes = probability.sum(dims) + mask.sum(dims)
+    overlap = (probability * truth).sum(dims)
+    sizes = probability.sum(dims) + truth.sum(dims)
     scores = 1 - (2 * overlap + smooth) / (sizes + smooth)
-    return F.binary_cross_entropy_with_logits(logit, mask) + scores.mean()
+    entropy = F.binary_cross_entropy_with_logits(logit, mask, reduction="none")
+    return _mean(entropy, valid) + scores.mean()
 
 
-def mse(pred: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over all pixels of ``(B, C, H, W)`` maps; a scalar."""
-    return F.mse_loss(pred.float(), target.float())
+def mse(pred: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean squared error over the (valid) pixels of ``(B, C, H, W)`` maps; a scalar."""
+    return _mean(F.mse_loss(pred.float(), target.float(), reduction="none"), valid)
 
 
-def smooth_l1(pred: Tensor, target: Tensor, beta: float = 1.0) -> Tensor:
-    """Huber loss divided by beta over all pixels of ``(B, C, H, W)`` maps; a scalar."""
-    return F.smooth_l1_loss(pred.float(), target.float(), beta=beta)
+def smooth_l1(
+    pred: Tensor, target: Tensor, beta: float = 1.0, valid: Tensor | None = None
+) -> Tensor:
+    """Huber loss divided by beta over the (valid) pixels of ``(B, C, H, W)`` maps; a scalar."""
+    error = F.smooth_l1_loss(pred.float(), target.float(), beta=beta, reduction="none")
+    return _mean(error, valid)
 
 
-def hv(pred: Tensor, target: Tensor, mask: Tensor, gradient_weight: float = 1.0) -> Tensor:
+def _mean(terms: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return terms.mean()
+    weight = valid.to(terms.dtype).expand_as(terms)
+    return (terms * weight).sum() / weight.sum().clamp(min=1.0)
+
+
+def hv(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    gradient_weight: float = 1.0,
+    valid: Tensor | None = None,
+) -> Tensor:
     """Horizontal-vertical loss of HoVer-Net (doi:10.1016/j.media.2019.101563).
 
     Mean squared error over all pixels plus the mean squared error of the gradients inside nuclei:
@@ -245,6 +303,8 @@ def hv(pred: Tensor, target: Tensor, mask: Tensor, gradient_weight: float = 1.0)
         True inside nuclei. Gradients count only there, as they jump between neighbours.
     gradient_weight : float
         Weight of the gradient term.
+    valid : Tensor of bool, shape (B, 1, H, W), optional
+        Pixels that count; by default all. The error at others is taken as 0.
 
     Returns
     -------
@@ -252,10 +312,12 @@ def hv(pred: Tensor, target: Tensor, mask: Tensor, gradient_weight: float = 1.0)
         Scalar; without nuclei, the squared error alone.
     """
     error = pred.float() - target.float()
+    if valid is not None:
+        error = error * valid
     slopes = _hv_slopes(error)
     weight = mask.to(slopes.dtype).expand_as(slopes)
     gradient = (slopes**2 * weight).sum() / weight.sum().clamp(min=1.0)
-    return (error**2).mean() + gradient_weight * gradient
+    return _mean(error**2, valid) + gradient_weight * gradient
 
 
 def map_loss(name: MapLoss) -> MapLossFunction:
@@ -269,8 +331,8 @@ def map_loss(name: MapLoss) -> MapLossFunction:
     Returns
     -------
     callable
-        ``loss(pred (B, C, H, W), target (B, C, H, W), nucleus_mask (B, 1, H, W)) -> scalar``; only
-        ``hv`` uses the mask.
+        ``loss(pred (B, C, H, W), target (B, C, H, W), nucleus_mask (B, 1, H, W), valid=None) ->
+        scalar``; only ``hv`` uses the mask. ``valid`` (B, 1, H, W) says which pixels count.
 
     Raises
     ------
@@ -283,10 +345,10 @@ def map_loss(name: MapLoss) -> MapLossFunction:
 
 
 _MAP_LOSSES: dict[str, MapLossFunction] = {
-    "bce_dice": lambda pred, target, _: bce_dice(pred, target),
-    "mse": lambda pred, target, _: mse(pred, target),
-    "smooth_l1": lambda pred, target, _: smooth_l1(pred, target),
-    "hv": hv,
+    "bce_dice": lambda pred, target, _, valid=None: bce_dice(pred, target, valid=valid),
+    "mse": lambda pred, target, _, valid=None: mse(pred, target, valid),
+    "smooth_l1": lambda pred, target, _, valid=None: smooth_l1(pred, target, valid=valid),
+    "hv": lambda pred, target, mask, valid=None: hv(pred, target, mask, valid=valid),
 }
 
 

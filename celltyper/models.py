@@ -94,19 +94,23 @@ class CellTyper(nn.Module):
             {name: nn.Conv2d(width, spec.channels, 1) for name, spec in self.maps.items()}
         )
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, features: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Compute raw maps (logits), before any activation.
 
         Parameters
         ----------
         images : Tensor, shape (B, 3, H, W), float32
             RGB in [0, 1]; the encoder applies its own normalisation.
+        features : sequence of Tensor, optional
+            What the encoder gives for these images, if it is known already.
 
         Returns
         -------
         dict of str to Tensor, each (B, C, H, W) float32
         """
-        shared = self.decoder(self.encoder(images), images)
+        shared = self.decoder(self.encoder(images) if features is None else features, images)
         return {name: head(shared).float() for name, head in self.heads.items()}
 
     def activate(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,16 +208,17 @@ def build_model(
         checkpointing=config.encoder.checkpointing,
         **config.encoder.options,
     )
-    torch.manual_seed(config.seed)
-    decoder = build_decoder(config.decoder.name, *_grid_of(encoder), **config.decoder.options)
-    return CellTyper(
-        encoder,
-        decoder,
-        classes,
-        build_instances(config.instances.method, **config.instances.options),
-        mpp=mpp,
-        colors=colors,
-        tile=config.infer.tile or config.data.tile,
-        overlap=config.infer.overlap,
-        batch_size=config.infer.batch_size,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        decoder = build_decoder(config.decoder.name, *_grid_of(encoder), **config.decoder.options)
+        return CellTyper(
+            encoder,
+            decoder,
+            classes,
+            build_instances(config.instances.method, **config.instances.options),
+            mpp=mpp,
+            colors=colors,
+            tile=config.infer.tile or config.data.tile,
+            overlap=config.infer.overlap,
+            batch_size=config.infer.batch_size,
+        )

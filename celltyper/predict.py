@@ -8,9 +8,11 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from celltyper.errors import ConfigError, DataError
+from celltyper.features import Canvas
 from celltyper.labels import label_ids, mean_in_labels, resize_labels
 from celltyper.models import PHENOTYPE, CellTyper
 from celltyper.tiling import read_padded, tile_grid
@@ -91,6 +93,7 @@ def predict_maps(
     batch_size: int | None = None,
     precision: str = "fp32",
     progress: Callable[[int, int], None] | None = None,
+    canvas: Canvas | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Run the model over an image of any size, tile by tile.
 
@@ -109,6 +112,8 @@ def predict_maps(
         See `autocast`.
     progress : callable or None
         Called with (tiles done, tiles in all).
+    canvas : Canvas or None
+        Features of this image, computed with the same tile and overlap; the encoder is not run.
 
     Returns
     -------
@@ -132,8 +137,9 @@ def predict_maps(
             part = tiles[start : start + step]
             pixels = np.stack([read_padded(image, t.read) for t in part])
             batch = torch.from_numpy(pixels).to(model.device).permute(0, 3, 1, 2).float() / 255
+            features = None if canvas is None else _stack([canvas.window(t.read) for t in part])
             with autocast(model.device, precision):
-                raw = model(batch)
+                raw = model(batch, features and [f.to(model.device) for f in features])
             for name, values in model.activate(raw).items():
                 host = values.cpu().numpy()
                 for i, (read, write) in enumerate(part):
@@ -160,6 +166,7 @@ def predict_image(
     precision: str = "fp32",
     name: str = "",
     progress: Callable[[int, int], None] | None = None,
+    canvas: Canvas | None = None,
 ) -> Prediction:
     """Find, outline and type every cell of an image.
 
@@ -171,7 +178,7 @@ def predict_image(
     mpp : float or None
         Micrometres per pixel of the image. Needed if the model has a resolution of its own: the
         image is then rescaled to it, and labels and maps are given back in the image's pixels.
-    tile, overlap, batch_size, precision, progress
+    tile, overlap, batch_size, precision, progress, canvas
         See `predict_maps`.
     name : str
         Carried into the prediction.
@@ -206,6 +213,7 @@ def predict_image(
         batch_size=batch_size,
         precision=precision,
         progress=progress,
+        canvas=canvas,
     )
     probabilities = maps.pop(PHENOTYPE)
     labels = model.instances.decode(maps)
@@ -214,6 +222,11 @@ def predict_image(
         labels, cells = _labels_to(labels, cells, image.shape[:2])
         probabilities = _maps_to(probabilities, image.shape[:2])
     return Prediction(labels, probabilities, cells, model.classes, mpp, name, model.colors)
+
+
+def _stack(windows: list[list[Tensor]]) -> list[Tensor]:
+    """Features of several windows as batches, one a level."""
+    return [torch.stack(level) for level in zip(*windows, strict=True)]
 
 
 def check_mpp(mpp: float | None) -> None:

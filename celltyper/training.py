@@ -250,17 +250,18 @@ def _resolved(config: Config, data: Dataset, samples: Iterable[Sample]) -> Confi
             )
         mpp = found.pop()
     root = config.data.root.absolute() if config.data.root else None
+    taxonomy = config.data.taxonomy.absolute() if config.data.taxonomy else None
     weights = config.encoder.weights
     revision = config.encoder.revision
-    if weights in HUB_NAMES:
+    if weights not in MADE_NAMES:
         # which commit it was, so that the run is pinned even where the card is not
         file = find_weights(find_card(config.encoder.name), weights, revision)
         revision = commit_of(file) or revision
-    elif weights not in MADE_NAMES and Path(weights).exists():
-        weights = str(Path(weights).absolute())
+        if weights not in HUB_NAMES and Path(weights).exists():
+            weights = str(Path(weights).absolute())
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"root": root, "mpp": mpp}),
+            "data": config.data.model_copy(update={"root": root, "mpp": mpp, "taxonomy": taxonomy}),
             "encoder": config.encoder.model_copy(
                 update={
                     "weights": weights,
@@ -312,13 +313,17 @@ def training_data(data: Data, seed: int) -> tuple[Dataset, Dataset]:
     if data.root is None:
         raise ConfigError("data.root is not set: pass --set data.root=FOLDER")
     if (data.root / data.train).is_dir():
-        train_data = open_dataset(data.root / data.train, reader=data.reader)
+        train_data = open_dataset(
+            data.root / data.train, reader=data.reader, taxonomy=data.taxonomy
+        )
         if (data.root / data.val).is_dir():
-            val_data = open_dataset(data.root / data.val, reader=data.reader)
+            val_data = open_dataset(
+                data.root / data.val, reader=data.reader, taxonomy=data.taxonomy
+            )
         else:
             train_data, val_data = split_by_group(train_data, data.val_fraction, seed)
     else:
-        whole = open_dataset(data.root, reader=data.reader)
+        whole = open_dataset(data.root, reader=data.reader, taxonomy=data.taxonomy)
         if {data.train, data.val} <= whole.splits.keys():
             train_data, val_data = (whole.subset(whole.splits[s]) for s in (data.train, data.val))
         else:

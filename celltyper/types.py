@@ -50,6 +50,9 @@ class Sample:
         Patient, slide or field that the image belongs to; splits and intervals respect it.
     mpp : float or None
         Micrometres per pixel, None if unknown.
+    unannotated : tuple of int
+        Class ids, ascending, that the annotation of this image does not cover: what is background
+        there may be such a cell.
 
     Raises
     ------
@@ -63,6 +66,7 @@ class Sample:
     name: str = ""
     group: str = ""
     mpp: float | None = None
+    unannotated: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"sample {self.name!r}"

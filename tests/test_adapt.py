@@ -152,15 +152,17 @@ def test_last_block_of_every_kind(name: str, norm: bool) -> None:
     assert all(n in moved for h in holders for n in names if n.startswith(f"{h}."))
 
 
-def test_last_blocks_are_those_that_lead_to_a_map() -> None:
-    encoder = load_encoder("uni", "twin", "last-n", last_n=1, feature_blocks=(0, 2))
+@pytest.mark.parametrize("scales", [(1,), (1, 2)])
+def test_last_blocks_are_those_that_lead_to_a_map(scales: tuple[int, ...]) -> None:
+    options = {"feature_blocks": (0, 2), "scales": scales}
+    encoder = load_encoder("uni", "twin", "last-n", last_n=1, **options)
     trained = {n for n, p in encoder.named_parameters() if p.requires_grad}
     assert trained
-    assert all(re.match(r"encoder\.model\.(blocks\.2|norm)\.", n) for n in trained)
+    assert all(re.match(r"(encoder\.)+model\.(blocks\.2|norm)\.", n) for n in trained)
     sum(m.square().mean() for m in encoder(torch.rand(1, 3, 32, 32))).backward()
     assert all(p.grad is not None for n, p in encoder.named_parameters() if n in trained)
     with pytest.raises(ConfigError, match="last_n is 4, but the encoder has 3 blocks"):
-        load_encoder("uni", "twin", "last-n", last_n=4, feature_blocks=(0, 2))
+        load_encoder("uni", "twin", "last-n", last_n=4, **options)
 
 
 @pytest.mark.parametrize("name", ["swin_base_patch4_window7", "convnextv2_base", "uni2-h"])
@@ -292,6 +294,12 @@ def test_layer_decay_by_hand() -> None:
     found = rates(model, parse_config({}, [*settings, "encoder.adapt=last-n"]))
     assert {rate for rate, _ in found.values()} == {1.0, 0.8, 0.4}
     assert found["encoder.encoder.model.blocks.2.mlp.fc1.weight"] == (0.4, 0.03)
+    # the last block is the last that is run
+    encoder = load_encoder("vit_tiny_patch16", "twin", "last-n", last_n=2, feature_blocks=(0, 2))
+    found = rates(Model(encoder), parse_config({}, [*settings, "encoder.adapt=last-n"]))
+    assert found["encoder.encoder.model.norm.weight"] == (0.8, 0.0)
+    assert found["encoder.encoder.model.blocks.2.mlp.fc1.weight"] == (0.8, 0.03)
+    assert found["encoder.encoder.model.blocks.1.mlp.fc1.weight"] == (0.4, 0.03)
 
 
 @pytest.mark.parametrize("name", ["uni", "swin_base_patch4_window7", "convnextv2_base"])

@@ -26,12 +26,18 @@ def full_size(name: str) -> Any:
 @pytest.mark.parametrize("name", list_cards())
 def test_card_builds_an_encoder_of_the_published_size(name: str) -> None:
     card, encoder = load_card(name), full_size(name)
+    p = card.patch_size
     assert card.parameters is not None
-    millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    millions = sum(q.numel() for q in encoder.parameters()) / 1e6
     assert millions == pytest.approx(card.parameters, rel=0.01)
     assert encoder.embed_dim == card.embed_dim * (2 if card.embedding == "cls+mean" else 1)
     assert len(encoder.channels) == 4
-    assert encoder.patch_size == card.patch_size
+    assert encoder.patch_size == p == card.patch_size
+    with torch.no_grad():
+        maps = encoder(torch.rand(2, 3, 2 * p, 3 * p, device="meta"))
+    strides = getattr(encoder, "strides", [p] * 4)
+    for m, channels, stride in zip(maps, encoder.channels, strides, strict=True):
+        assert m.shape == (2, channels, 2 * p // stride, 3 * p // stride)
     assert not card.gated or card.gate_page
     assert card.hub_id
 

@@ -18,7 +18,7 @@ from celltyper.encoders import load_encoder
 from celltyper.encoders.lora import save_lora
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import CheckpointError
-from celltyper.models import CellTyper
+from celltyper.models import CellTyper, build_model
 from celltyper.training import train
 
 Tiny = Callable[..., Config]
@@ -171,3 +171,20 @@ def test_a_plain_encoder_is_saved_whole(tiny: Tiny, made_data: Path) -> None:
     frozen = CellTyper(load_encoder("vit_tiny_patch16", "twin"), "linear")
     assert not any(name.startswith("encoder.") for name in trained_state(frozen))
     assert isinstance(frozen.encoder, nn.Module)
+
+
+def test_building_a_model_leaves_the_global_random_state_alone(tiny: Tiny) -> None:
+    config = tiny(Path(), "seed=3")
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first, same = (build_model(config, ("blue",), None).state_dict() for _ in range(2))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+
+
+def test_a_later_format_is_named_whatever_else_it_holds(tmp_path: Path) -> None:
+    later = {"format": 2, "celltyper_version": "9.0", "config": {"new": 1}, "unheard": "of"}
+    write_tensors(tmp_path / "model.safetensors", {"a": torch.zeros(1)}, later)
+    with pytest.raises(CheckpointError, match=r"has checkpoint format 2, .*; use celltyper 9\.0"):
+        load_model(tmp_path)

@@ -114,6 +114,15 @@ def test_random_weights_follow_the_seed_and_leave_the_global_state_alone() -> No
         assert not torch.equal(first[key], other[key])
 
 
+def test_the_random_state_of_gpus_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(7)
+    assert seeded == [7]  # it is by this that torch seeds them
+    load_encoder("uni", "twin", "lora", seed=3)
+    assert seeded == [7]
+
+
 @pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "timm/vit_tiny_patch16_224.dino"])
 def test_unknown_tag_or_known_model_of_timm(name: str) -> None:
     if name.endswith("dino"):

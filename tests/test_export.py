@@ -95,6 +95,19 @@ def test_onnx_computes_what_the_model_computes(
         np.testing.assert_allclose(run_onnx(path, grey)[name], values, atol=1e-3, rtol=0)
 
 
+def test_several_scales_go_into_a_file_for_any_batch(tmp_path: Path) -> None:
+    encoder = celltyper.load_encoder("musk", weights="twin", scales=(1, 2))
+    model = CellTyper(encoder, "linear", ("blue", "brown"), mpp=0.5, tile=48).eval()
+    lively(model)
+    path, _, _ = export_model(model, tmp_path / "m.onnx")
+    for count in (1, 5):
+        images = torch.rand(count, 3, 48, 48)
+        expected, found = eager(model, images), run_onnx(path, images)
+        assert expected["phenotype"].std() > 0.05
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(("format", "suffix"), [("torchscript", ".pt"), ("torch-export", ".pt2")])
 def test_torch_files_compute_what_the_model_computes(
     format: str, suffix: str, tmp_path: Path

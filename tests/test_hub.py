@@ -24,10 +24,12 @@ import timm
 import torch
 from safetensors.torch import save
 
+from celltyper.config import load_config
 from celltyper.encoders import find_card, list_cards, load_card, load_encoder
 from celltyper.encoders.folders import WEIGHTS_FILES, commit_of, present_weights
 from celltyper.encoders.hub import fetch_weights, find_weights, weights_here
 from celltyper.errors import CheckpointError
+from celltyper.training import train
 
 Run = Callable[..., Any]
 
@@ -629,6 +631,21 @@ def test_train_and_infer_with_weights_of_a_hub_keep_the_token(
     assert TOKEN not in trained.out + trained.err + typed.out + typed.err + caplog.text
     assert (run / "model.safetensors").is_file()
     assert files_with(TOKEN, tmp_path) == []
+
+
+def test_a_run_on_fetched_weights_says_their_commit(
+    hub: FakeHub, made_data: Path, tmp_path: Path, celltyper_command: Run, tiny: Callable[..., Any]
+) -> None:
+    hub.files["owner/tiny"] = tiny_repository()
+    folder = tmp_path / "weights"
+    assert celltyper_command("encoders", "fetch", "owner/tiny", "--to", folder).code == 0
+    named = ("encoder.name=owner/tiny", f"encoder.weights={folder}", "encoder.adapt=frozen")
+    config = tiny(made_data, *named, "train.steps=1", "train.validate_every=1")
+    run = train(config, tmp_path / "run", device="cpu", progress=False)
+    written = load_config(run / "config.yaml").encoder
+    assert (written.revision, written.weights) == (COMMIT, str(folder))
+    # the same command goes on with the run
+    assert train(config, run, device="cpu", resume=True, progress=False) == run
 
 
 def test_weights_of_the_hub_are_those_that_run(hub: FakeHub) -> None:

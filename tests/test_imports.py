@@ -18,7 +18,7 @@ LAYERS = [
     {"training", "inference", "reporting", "exporting"},
     {"evaluation", "predict", "objective", "runs"},
     {"checkpoints", "optim"},
-    {"models"},
+    {"models", "features"},
     {"config", "encoders", "report", "decoders", "readers"},
     {"datasets"},
     {"instances", "tiling", "cells", "metrics", "losses", "transforms"},

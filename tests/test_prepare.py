@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from celltyper.config import parse_config
@@ -61,7 +62,15 @@ def test_crop_is_that_of_the_published_rule() -> None:
     planes = [np.asarray(Image.fromarray(c.numpy()).resize((436, 256), how)) for c in image]
     expected = np.stack(planes)[:, 16:240, 106:330]
     np.testing.assert_allclose(prepare.crop(image[None])[0], expected, atol=1e-4)
-    assert prepare.whole(image[None]).shape == (1, 3, 224, 224)
+    assert prepare.whole(prepare.crop(image[None])).shape == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(67, 64), (65, 64), (64, 71), (64, 69), (73, 64)])
+def test_crop_is_where_torchvision_cuts(rows: int, cols: int) -> None:
+    """torchvision rounds half a pixel to even; (67 - 64) / 2 is row 2, (65 - 64) / 2 row 0."""
+    image = torch.rand(1, 3, rows, cols)
+    found = Prepare(MEAN, STD, 16, input_size=64).crop(image)
+    assert torch.equal(found, torchvision.transforms.CenterCrop(64)(image))
 
 
 def test_without_input_size_an_embedding_is_of_the_whole_image() -> None:

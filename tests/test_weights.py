@@ -105,6 +105,31 @@ def test_unreadable_weights_are_one_line(tmp_path: Path, name: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_damaged_pickles_are_one_line(tmp_path: Path, new: bool) -> None:
+    path = tmp_path / "weights.bin"
+    torch.save({"weight": torch.ones(2, 2)}, path, _use_new_zipfile_serialization=new)
+    whole, messages = path.read_bytes(), []
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        try:
+            read_weights(path)
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert all("weights.bin" in text and "\n" not in text for text in messages)
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\n", b"<!doctype html>", b"junk"]
+)
+def test_text_in_place_of_weights_is_not_called_code(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"weights\.bin is no file of torch.* Git LFS"):
+        read_weights(path)
+
+
 def test_weights_of_no_tensors(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "a.pt")
     torch.save(torch.zeros(3), tmp_path / "b.pt")

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from celltyper.errors import DataError
-from celltyper.types import Sample
+from celltyper.types import Image, Labels, Sample
+
+
+class Window(NamedTuple):
+    """A rectangle of an image with its labels; ids as in the sample."""
+
+    image: Image
+    labels: Labels
+
+
+WindowReader = Callable[[str, int, int, int, int], Window]
+"""Reads ``(name, row, col, height, width)``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +51,9 @@ class Dataset:
     domains : mapping of str to mapping of str to str
         What samples differ in beside their group, such as centre, tissue or stage: value by
         sample name, by attribute.
+    window : callable or None
+        Reads a rectangle of a sample without the rest of it, where the layout allows that; see
+        `read_window`.
 
     Examples
     --------
@@ -56,6 +73,7 @@ class Dataset:
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     colors: tuple[str, ...] = ()
     domains: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    window: WindowReader | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -70,6 +88,37 @@ class Dataset:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self.read(name) for name in self.names)
+
+    def read_window(self, name: str, row: int, col: int, height: int, width: int) -> Window:
+        """Read a rectangle of a sample; from a store, only that is decoded.
+
+        Parameters
+        ----------
+        name : str
+            Sample.
+        row, col : int
+            Upper left pixel.
+        height, width : int
+            Size in pixels.
+
+        Returns
+        -------
+        Window
+            ``image`` (height, width, 3) uint8 and ``labels`` (height, width) int32 of its own.
+
+        Raises
+        ------
+        DataError
+            If there is no such sample, or the rectangle is empty or leaves the image.
+        """
+        if name not in self.groups:
+            raise DataError(f"{self.path}: no image {name!r} in this dataset")
+        if self.window is not None:
+            return self.window(name, row, col, height, width)
+        sample = self.read(name)
+        check_window((self.path, name), sample.labels.shape, row, col, height, width)
+        part = np.s_[row : row + height, col : col + width]
+        return Window(sample.image[part].copy(), sample.labels[part].copy())
 
     def subset(self, names: Iterable[str], name: str | None = None) -> Dataset:
         """Return the dataset restricted to some samples.
@@ -100,6 +149,33 @@ class Dataset:
         domains = {a: {n: v[n] for n in names} for a, v in self.domains.items()}
         return replace(
             self, name=name or self.name, names=names, groups=groups, splits={}, domains=domains
+        )
+
+
+def check_window(
+    where: tuple[Path, str], shape: Sequence[int], row: int, col: int, height: int, width: int
+) -> None:
+    """Refuse a rectangle that is empty or leaves the image.
+
+    Parameters
+    ----------
+    where : (Path, str)
+        Dataset and image, for the message.
+    shape : sequence of int
+        Height and width of the image come first.
+    row, col, height, width : int
+        The rectangle.
+
+    Raises
+    ------
+    DataError
+        Saying both.
+    """
+    inside = 0 <= row <= shape[0] - height and 0 <= col <= shape[1] - width
+    if not inside or height < 1 or width < 1:
+        raise DataError(
+            f"{where[0]}, image {where[1]!r}: the window of {height} x {width} px at row {row}, "
+            f"column {col} is not inside the image of {shape[0]} x {shape[1]} px"
         )
 
 

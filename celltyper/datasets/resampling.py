@@ -68,7 +68,7 @@ def resample(sample: Sample, mpp: float) -> Sample:
             mpp,
             listing(lost),
         )
-    return Sample(image, labels, phenotypes, sample.name, sample.group, mpp)
+    return Sample(image, labels, phenotypes, sample.name, sample.group, mpp, sample.unannotated)
 
 
 def resize_image(image: Image, shape: tuple[int, int]) -> Image:

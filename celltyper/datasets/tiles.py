@@ -114,6 +114,11 @@ class TileSampler:
         position, row, col = self._corner(rng)
         return _cut(self.samples[position], row, col, self.size)
 
+    def sample_of(self, index: int) -> Sample:
+        """Sample that the tile of this index is cut from."""
+        position, _, _ = self._corner(default_rng(SeedSequence([self.seed, index])))
+        return self.samples[position]
+
     def _corner(self, rng: Generator) -> tuple[int, int, int]:
         """Image and upper left corner of a tile."""
         if not self.cells.any() or rng.random() < self._random_share:

@@ -8,6 +8,7 @@ An encoder is any ``nn.Module`` with ``channels`` (list of int), ``patch_size`` 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,7 @@ def load_encoder(
         If the weights cannot be had or do not fit.
     """
     import torch
+    from accelerate import init_empty_weights
 
     from celltyper.encoders.adapt import adapt_encoder, check_adapt
     from celltyper.encoders.weights import load_weights
@@ -105,8 +107,11 @@ def load_encoder(
     # read before building: a large model takes a minute to build, a wrong path none to refuse
     tensors = None if weights in ("random", "twin") else _read(card, weights, revision)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        vit = _build(card, twin=weights == "twin", magnify=magnify)
+        # of the CPU only, where everything is made: torch.manual_seed would seed GPUs too
+        torch.default_generator.manual_seed(seed)
+        # random weights that are overwritten at once would take most of the time
+        with nullcontext() if tensors is None else init_empty_weights():
+            vit = _build(card, twin=weights == "twin", magnify=magnify)
         if tensors is not None:
             if card.family == "pyramid":
                 from celltyper.encoders.pyramid import in_timm_names

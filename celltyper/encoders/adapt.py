@@ -193,12 +193,14 @@ def depths(encoder: nn.Module) -> dict[str, int]:
             "layer_decay need a timm model"
         )
     prefix = _prefix(encoder, model)
+    # what chooses the maps is the module around the model, whatever is around that one
+    inner = next((m for m in encoder.modules() if any(c is model for c in m.children())), encoder)
     groups = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     # a map of a pyramid leaves its level as it is
-    in_maps = re.compile(r"\.\d+\." if hasattr(encoder, "strides") else r"^norm\.|\.\d+\.")
+    in_maps = re.compile(r"\.\d+\." if hasattr(inner, "strides") else r"^norm\.|\.\d+\.")
     found = {f"{prefix}{n}": d for n, d in groups.items() if not d or in_maps.search(n)}
-    blocks = getattr(encoder, "blocks", None)
-    if blocks is None:
+    blocks = getattr(inner, "blocks", None)
+    if not isinstance(blocks, list):
         return found
     # blocks behind the last map are never run, so the final norm follows on an earlier one
     last = blocks[-1] + 1

@@ -96,6 +96,7 @@ def add_lora(
         # a pattern of whole names: peft would match the end of a name otherwise
         target_modules="|".join(re.escape(name) for name in names),
         base_model_name_or_path=card.hub_id if card is not None else None,
+        revision=card.revision if card is not None else None,
     )
     encoder.requires_grad_(False)
     for module in model.modules():

@@ -24,7 +24,8 @@ class MultiScale(nn.Module):
     Parameters
     ----------
     encoder : nn.Module
-        With ``prepare`` (see `celltyper.encoders.prepare.Prepare`), whose maps have one grid.
+        With ``prepare`` (see `celltyper.encoders.prepare.Prepare`) and ``embed_whole``, whose
+        maps have one grid.
     scales : sequence of int
         Enlargements, 1 first.
 
@@ -50,6 +51,8 @@ class MultiScale(nn.Module):
         self.patch_size: int = inner.patch_size
         self.embed_dim: int = inner.embed_dim * len(self.scales)
         self.card = inner.card
+        if hasattr(inner, "strides"):
+            self.strides: list[int] = list(inner.strides)
 
     @property
     def model(self) -> nn.Module:
@@ -85,7 +88,8 @@ class MultiScale(nn.Module):
         images = self.encoder.prepare.crop(images)
         vectors = []
         for scale in self.scales:
-            of_pieces = self.encoder.embed(_pieces(images, scale))
+            # the card's rule was for the image: a piece is not scaled and cut once more
+            of_pieces = self.encoder.embed_whole(_pieces(images, scale))
             vectors.append(of_pieces.unflatten(0, (scale * scale, -1)).mean(dim=0))
         return torch.cat(vectors, dim=1)
 
@@ -101,6 +105,7 @@ def _pieces(images: Tensor, scale: int) -> Tensor:
 
 def _joined(maps: Tensor, scale: int) -> Tensor:
     """Put the maps of `_pieces` together again."""
-    pieces = maps.chunk(scale * scale)
+    # not chunk, which would fix the size of the batch in an exported model
+    pieces = maps.reshape(scale * scale, -1, *maps.shape[1:]).unbind()
     rows = [torch.cat(pieces[i * scale : (i + 1) * scale], dim=3) for i in range(scale)]
     return torch.cat(rows, dim=2)

@@ -117,13 +117,14 @@ class Prepare(nn.Module):
         short = min(rows, cols)
         # rounded down, as torchvision does, with which the published embeddings were made
         images = self._resized(images, rows * self.resize // short, cols * self.resize // short)
-        top = (images.shape[2] - self.input_size) // 2
-        left = (images.shape[3] - self.input_size) // 2
+        # half a pixel goes to the even one, as torchvision rounds
+        top = round((images.shape[2] - self.input_size) / 2)
+        left = round((images.shape[3] - self.input_size) / 2)
         return images[:, :, top : top + self.input_size, left : left + self.input_size]
 
     def whole(self, images: Tensor) -> Tensor:
-        """Make images ready for an embedding: cropped, padded to the stride, normalised."""
-        return self.normalise(_padded(self.crop(images), self.stride))
+        """Make images as they are ready for an embedding: padded to the stride, normalised."""
+        return self.normalise(_padded(images, self.stride))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the standard deviation, as one multiply-add."""

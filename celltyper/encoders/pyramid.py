@@ -121,6 +121,10 @@ class TimmPyramid(nn.Module):
         Tensor, shape (B, embed_dim)
             One vector an image.
         """
+        return self.embed_whole(self.prepare.crop(images))
+
+    def embed_whole(self, images: Tensor) -> Tensor:
+        """As `embed`, of images that are neither scaled nor cut."""
         features = self.model.forward_features(self.prepare.whole(images))
         vectors: Tensor = self.model.forward_head(features, pre_logits=True)
         return vectors

@@ -27,11 +27,12 @@ _MAY_CHANGE: dict[str, tuple[str, ...]] = {
 
 
 def fingerprint(encoder: nn.Module) -> str:
-    """SHA-256 of an encoder's base weights and buffers, by name, shape, dtype and value.
+    """SHA-256 of an encoder's base weights and statistics, by name, shape, dtype and value.
 
     Only what training does not change counts: a checkpoint that holds the decoder and what was
     trained can refuse an encoder that it was not trained on. Freezing or adding adapters does
-    not change it.
+    not change it. Of the buffers that are not stored with the weights, the normalisation counts;
+    others (positions, masks) are computed, and another release may compute them otherwise.
 
     Parameters
     ----------
@@ -46,9 +47,11 @@ def fingerprint(encoder: nn.Module) -> str:
     trained = encoder.trained if isinstance(encoder, Adapted) else frozenset()
     prefix = "encoder." if isinstance(encoder, Adapted) else ""
     digest = hashlib.sha256()
+    stored = encoder.state_dict(keep_vars=True)
+    prepare = {n: t for n, t in encoder.named_buffers() if ".prepare." in f".{n}"}
     tensors = {
         n.removeprefix(prefix).replace(".base_layer.", "."): t
-        for n, t in _tensors(encoder)
+        for n, t in (stored | prepare).items()
         if n not in trained and not is_lora(n)
     }
     for name in sorted(tensors):

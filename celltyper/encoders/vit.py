@@ -107,6 +107,10 @@ class TimmViT(nn.Module):
         Tensor, shape (B, embed_dim)
             One vector an image.
         """
+        return self.embed_whole(self.prepare.crop(images))
+
+    def embed_whole(self, images: Tensor) -> Tensor:
+        """As `embed`, of images that are neither scaled nor cut."""
         tokens = self.model.forward_features(self.prepare.whole(images))
         parts = []
         if self.embedding in ("cls", "cls+mean"):

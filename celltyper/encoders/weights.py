@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,6 +17,10 @@ from celltyper.errors import CheckpointError
 
 # where tables of several networks lie side by side, the first of these is taken
 _NESTS = ("teacher", "state_dict", "model", "student")
+
+
+# how a zip and a pickle begin
+_TORCH = (b"PK", b"\x80")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -43,6 +46,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start and not start.startswith(_TORCH):
+            raise CheckpointError(
+                f"weights file {path} is no file of torch; is it a web page, or a pointer of Git "
+                "LFS? Download it again"
+            )
         with warnings.catch_warnings():
             # an odd pickle is either read or refused; torch's advice to file an issue is no help
             warnings.simplefilter("ignore", UserWarning)
@@ -52,7 +62,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"weights file {path} holds Python objects beside tensors, which celltyper never "
             "runs; save its state_dict alone, or as .safetensors"
         ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle fails in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"weights file {path} cannot be read: {reason}") from error
     while isinstance(content, Mapping):
@@ -78,7 +90,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     Parameters
     ----------
     model : nn.Module
-        timm model made with ``num_classes=0``; changed in place.
+        timm model made with ``num_classes=0``; changed in place. Parameters may be on the meta
+        device; they become the tensors.
     tensors : mapping of str to Tensor
         Weights in any published naming.
     source : str
@@ -111,7 +124,10 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
             f"weights of {source} do not fit the encoder: {_listing('other shape', shapes)}; "
             "name the encoder that they were made for"
         )
-    model.load_state_dict(found)
+    # a model that was built without memory takes the tensors themselves: no second copy
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    values = {k: found[k].to(expected[k].dtype).contiguous() for k in expected}
+    model.load_state_dict(values, assign=empty)
 
 
 def _resample_position(model: Any, position: Tensor, source: str) -> Tensor:

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from celltyper.datasets.dataset import Dataset
-from celltyper.errors import DataError, unknown_name
-from celltyper.readers.folder import FOLDER_TREE, read_folder
-from celltyper.readers.masks import MASKS_TREE, read_masks
+from celltyper.datasets.dataset import Dataset, listing
+from celltyper.datasets.merging import merge_parts
+from celltyper.datasets.store import Source
+from celltyper.datasets.taxonomy import Taxonomy, apply_taxonomy, read_taxonomy
+from celltyper.errors import ConfigError, DataError, unknown_name
+from celltyper.types import Sample
 
-READERS: dict[str, Callable[[str | Path], Dataset]] = {"folder": read_folder, "masks": read_masks}
-"""Readers by name."""
+READERS = (
+    "store",
+    "folder",
+    "masks",
+    "lizard",
+    "conic",
+    "consep",
+    "pannuke",
+    "pathocell",
+    "arctique",
+    "monuseg",
+    "monusac",
+    "dsb2018",
+    "nuinsseg",
+    "qupath",
+    "points",
+)
+"""Readers by name, each the module of that name with ``TREE``, ``recognises``, ``read_<name>``."""
+
+PARTS = ("train", "val", "valid", "test")
+"""Subfolders that make up one dataset, each a split."""
 
 
-def open_dataset(path: str | Path, split: str | None = None, reader: str = "auto") -> Dataset:
+def open_dataset(
+    path: str | Path,
+    split: str | None = None,
+    reader: str = "auto",
+    taxonomy: str | Path | Taxonomy | None = None,
+) -> Dataset:
     """Open a dataset, whatever its layout.
 
     Parameters
@@ -22,10 +53,11 @@ def open_dataset(path: str | Path, split: str | None = None, reader: str = "auto
     path : str or Path
         Folder of the dataset.
     split : str, optional
-        Open only this split of ``meta.json``, or else the subfolder of this name.
+        Open only this split of the dataset, or else the subfolder of this name.
     reader : str
-        Name in `READERS`, or ``"auto"``: ``labels/`` beside ``images/`` is a plain folder,
-        ``masks/`` is instance masks.
+        Name in `READERS`, or ``"auto"``: that of the one layout that is recognised.
+    taxonomy : str or Path or Taxonomy, optional
+        Merges and renames classes, see `celltyper.datasets.taxonomy`.
 
     Returns
     -------
@@ -35,39 +67,179 @@ def open_dataset(path: str | Path, split: str | None = None, reader: str = "auto
     Raises
     ------
     DataError
-        If the folder is missing, of no known layout, or has no such split.
+        If the folder is missing, of no known layout or of several, has no such split, or its
+        classes do not fit the taxonomy.
     ConfigError
         If the reader is unknown.
     """
     path = Path(path)
-    if reader != "auto" and reader not in READERS:
-        raise unknown_name("reader", reader, ["auto", *READERS])
+    _check_reader(reader)
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; a dataset is a folder, {_trees()}")
-    inner = path / split if split else path
-    if split and not (path / "images").is_dir() and inner.is_dir():
-        return open_dataset(inner, reader=reader)
-    dataset = READERS[_recognise(path) if reader == "auto" else reader](path)
+    if split and _is_parent_of(path, split):
+        return open_dataset(path / split, reader=reader, taxonomy=taxonomy)
+    dataset = _read(path, recognise(path) if reader == "auto" else reader)
+    if taxonomy is not None:
+        rules = taxonomy if isinstance(taxonomy, Taxonomy) else read_taxonomy(taxonomy)
+        dataset = apply_taxonomy(dataset, rules)
     if split is None:
         return dataset
     if split not in dataset.splits:
         known = ", ".join(dataset.splits) or "none"
-        raise DataError(f"{path}: no split {split!r} (splits in meta.json: {known})")
+        raise DataError(f"{path}: no split {split!r} (its splits: {known})")
     return dataset.subset(dataset.splits[split], f"{dataset.name} {split}")
 
 
-def _recognise(path: Path) -> str:
-    if (path / "images").is_dir():
-        found = [n for n, d in (("folder", "labels"), ("masks", "masks")) if (path / d).is_dir()]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise DataError(
-                f"{path}: has both labels/ and masks/; say which to read with reader 'folder' or "
-                "'masks'"
-            )
-    raise DataError(f"{path}: layout not recognised; a dataset is a folder, {_trees()}")
+def open_sources(
+    paths: Sequence[Path],
+    reader: str = "auto",
+    taxonomy: str | Path | None = None,
+    mpp: float | None = None,
+) -> list[Source]:
+    """Open datasets that are to be stored together.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Folders.
+    reader : str
+        As in `open_dataset`, of all.
+    taxonomy : str or Path, optional
+        A class that it lists must be in one of the datasets.
+    mpp : float, optional
+        Micrometres per pixel of all images, whatever the datasets say.
+
+    Returns
+    -------
+    list of Source
+        In the order of the paths.
+
+    Raises
+    ------
+    DataError, ConfigError
+        As `open_dataset`.
+    """
+    if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
+        raise ConfigError(f"mpp must be positive, got {mpp}")
+    opened = [open_parts(path, reader) for path in paths]
+    datasets = [dataset for dataset, _ in opened]
+    if taxonomy is not None:
+        rules = read_taxonomy(taxonomy)
+        datasets = [apply_taxonomy(data, rules, together=datasets) for data in datasets]
+    if mpp is not None:
+        datasets = [
+            replace(data, mpp=mpp, read=partial(_read_at, read=data.read, mpp=mpp))
+            for data in datasets
+        ]
+    return [Source(data, layout) for data, (_, layout) in zip(datasets, opened, strict=True)]
 
 
-def _trees() -> str:
-    return f"either {FOLDER_TREE}, or {MASKS_TREE}"
+def _read_at(name: str, read: Callable[[str], Sample], mpp: float) -> Sample:
+    return replace(read(name), mpp=mpp)
+
+
+def open_parts(
+    path: str | Path, reader: str = "auto", taxonomy: str | Path | None = None
+) -> tuple[Dataset, str]:
+    """Open a dataset, or a folder whose subfolders ``train``, ``val`` or ``test`` are one each.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder.
+    reader : str
+        As in `open_dataset`.
+    taxonomy : str or Path, optional
+        As in `open_dataset`.
+
+    Returns
+    -------
+    dataset : Dataset
+        Parts are its splits; a group on both sides is left in, for `celltyper.datasets.checking`
+        to find.
+    layout : str
+        Name in `READERS`.
+
+    Raises
+    ------
+    DataError, ConfigError
+        As `open_dataset`.
+    """
+    path = Path(path)
+    _check_reader(reader)
+    inner = [path / part for part in PARTS if (path / part).is_dir()]
+    if reader == "auto" and inner and not _recognised(path):
+        layouts = {part.name: recognise(part) for part in inner}
+        parts = {part.name: _read(part, layouts[part.name]) for part in inner}
+        dataset = merge_parts(parts, path)
+        layout = " and ".join(sorted(set(layouts.values())))
+    else:
+        layout = recognise(path) if reader == "auto" else reader
+        dataset = open_dataset(path, reader=layout)
+    if taxonomy is not None:
+        dataset = apply_taxonomy(dataset, read_taxonomy(taxonomy))
+    return dataset, layout
+
+
+def recognise(path: Path) -> str:
+    """Name of the one reader that recognises a folder.
+
+    Parameters
+    ----------
+    path : Path
+        Folder.
+
+    Returns
+    -------
+    str
+        Name in `READERS`.
+
+    Raises
+    ------
+    DataError
+        If none does, or several do.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; a dataset is a folder, {_trees()}")
+    found = _recognised(path)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(
+            f"{path}: may be read as {' or '.join(found)}; say which with the reader of that name "
+            f"({_trees(found)})"
+        )
+    names = sorted(f.name + "/" * f.is_dir() for f in path.iterdir() if f.name[0] != ".")
+    raise DataError(
+        f"{path}: layout not recognised; a dataset is a folder, {_trees()}; "
+        f"found {listing(names) or 'nothing'}"
+    )
+
+
+def _check_reader(reader: str) -> None:
+    if reader != "auto" and reader not in READERS:
+        raise unknown_name("reader", reader, ["auto", *READERS])
+
+
+def _recognised(path: Path) -> list[str]:
+    # A store says what it is, and has too many folders to look through for other layouts.
+    if _module("store").recognises(path):
+        return ["store"]
+    return [name for name in READERS if _module(name).recognises(path)]
+
+
+def _read(path: Path, reader: str) -> Dataset:
+    dataset: Dataset = getattr(_module(reader), f"read_{reader}")(path)
+    return dataset
+
+
+def _is_parent_of(path: Path, split: str) -> bool:
+    return (path / split).is_dir() and not _recognised(path)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _trees(names: list[str] | tuple[str, ...] = READERS) -> str:
+    return "one of " + "; ".join(f"{name}: {_module(name).TREE}" for name in names)

@@ -27,9 +27,18 @@ from celltyper.readers.files import check_pairs, files_by_stem, sample_groups
 from celltyper.readers.meta import check_splits, read_meta
 from celltyper.types import Labels, Sample
 
-FOLDER_TREE = "images/<name>.png with labels/<name>.npz ('inst', optional 'type') and meta.json"
+TREE = "images/<name>.png with labels/<name>.npz ('inst', optional 'type') and meta.json"
 ONE_CLASS = ("nucleus",)
 """Class of datasets whose nuclei have none."""
+
+
+def recognises(path: Path) -> bool:
+    """Whether there is ``images/`` beside ``labels/`` with ``.npz`` files, or nothing, in it."""
+    labels = path / "labels"
+    if not (path / "images").is_dir() or not labels.is_dir():
+        return False
+    visible = [file for file in labels.iterdir() if not file.name.startswith(".")]
+    return not visible or any(file.suffix.lower() == ".npz" for file in visible)
 
 
 def read_folder(path: str | Path) -> Dataset:

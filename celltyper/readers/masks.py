@@ -30,8 +30,17 @@ from celltyper.readers.files import check_pairs, files_by_stem, sample_groups
 from celltyper.readers.meta import check_splits, read_meta
 from celltyper.types import Sample
 
-MASKS_TREE = "images/<name>.png with masks/<name>.png (or .tif) and classes.csv (image,label,class)"
+TREE = "images/<name>.png with masks/<name>.png (or .tif) and classes.csv (image,label,class)"
 COLUMNS = ("image", "label", "class")
+
+
+def recognises(path: Path) -> bool:
+    """Whether there is ``images/`` beside ``masks/`` with mask images, or nothing, in it."""
+    masks = path / "masks"
+    if not (path / "images").is_dir() or not masks.is_dir():
+        return False
+    visible = [file for file in masks.iterdir() if not file.name.startswith(".")]
+    return not visible or any(file.suffix.lower() in MASK_SUFFIXES for file in visible)
 
 
 def read_masks(path: str | Path) -> Dataset:

@@ -90,8 +90,7 @@ def check_splits(
         unknown = [n for n in names if n not in groups]
         if unknown:
             raise DataError(
-                f"{where}: split {split!r} names {listing(unknown)}, "
-                "which is not among the images"
+                f"{where}: split {split!r} names {listing(unknown)}, which is not among the images"
             )
         if len(set(names)) != len(names):
             raise DataError(f"{where}: split {split!r} lists an image twice")

@@ -1,0 +1,246 @@
+"""Feature maps of a frozen encoder, computed once per image and symmetry and kept on disk.
+
+A frozen encoder gives the same features of the same pixels in every epoch. Training a decoder on
+kept features never runs the encoder again; what it gives up is every augmentation but the eight
+symmetries of the square, each of which is computed of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from celltyper.atomic import atomic_path, make_folder
+from celltyper.encoders.trainability import fingerprint
+from celltyper.errors import ConfigError
+from celltyper.tiling import Region, read_padded, tile_grid
+from celltyper.transforms import symmetry
+from celltyper.types import Image
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """Features of one image and of a margin around it, and how to cut windows out of them.
+
+    Parameters
+    ----------
+    maps : tuple of ndarray of float16, each (rows, columns, channels)
+        One array a level, mapped from disk. Cell (0, 0) begins `margin` pixels above and left of
+        the image.
+    strides : tuple of int
+        Pixels per cell along a side, by level.
+    margin : int
+        Pixels around the image that the maps cover; mirrored image.
+    """
+
+    maps: tuple[NDArray[np.float16], ...]
+    strides: tuple[int, ...]
+    margin: int
+
+    def window(self, region: Region) -> list[Tensor]:
+        """Cut out the features of a region.
+
+        Parameters
+        ----------
+        region : Region
+            In pixels of the image; may lie in the margin. Its corner, less the margin, and its
+            sides must be multiples of the coarsest stride.
+
+        Returns
+        -------
+        list of Tensor of float32, each (C, height / stride, width / stride)
+        """
+        windows = []
+        for cells, stride in zip(self.maps, self.strides, strict=True):
+            row, col = ((x + self.margin) // stride for x in region[:2])
+            part = cells[row : row + region.height // stride, col : col + region.width // stride]
+            windows.append(torch.from_numpy(part.astype(np.float32)).movedim(-1, 0))
+        return windows
+
+
+class FeatureCache:
+    """Features of a frozen encoder on disk, found by what they were computed from.
+
+    The name of a file is a digest of the encoder's fingerprint and settings, of the pixels, and
+    of the tiles. Two processes may fill a cache at once: a file appears whole or not at all, and
+    both would write the same.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        Frozen; see `celltyper.encoders.adapt.freeze`.
+    folder : Path
+        Where the files are.
+    tile, overlap : int
+        Side of the windows that the encoder sees, and pixels shared by neighbours; rounded up to
+        what the encoder's patches divide.
+    limit : int
+        Bytes that the folder may hold. Files that were not used for longest go first.
+    batch_size : int
+        Windows per forward pass.
+
+    Attributes
+    ----------
+    tile, overlap : int
+        As rounded.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        folder: Path,
+        *,
+        tile: int,
+        overlap: int,
+        limit: int,
+        batch_size: int = 4,
+    ) -> None:
+        self.encoder = encoder
+        self.folder = folder
+        self.patch: int = encoder.patch_size  # type: ignore[assignment]
+        self.channels: list[int] = list(encoder.channels)  # type: ignore[arg-type]
+        strides = getattr(encoder, "strides", None)
+        self.strides = tuple(strides or [self.patch] * len(self.channels))
+        self.tile = -(-tile // self.patch) * self.patch
+        self.overlap = -(-overlap // (2 * self.patch)) * 2 * self.patch
+        if self.overlap >= self.tile:
+            raise ConfigError(
+                f"infer.overlap {overlap} leaves nothing of a tile of {tile} at patches of "
+                f"{self.patch} px; lower it or raise the tile"
+            )
+        self.limit = limit
+        self.batch_size = batch_size
+        self.key = self._key()
+
+    def bytes_of(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """Bytes that the features of images (height, width) take."""
+        return sum(int(np.prod(s)) for shape in shapes for s in self._shapes(shape)) * 2
+
+    def canvas(self, image: Image, which: int = 0) -> Canvas:
+        """Features of an image under a symmetry, from disk or computed now.
+
+        Parameters
+        ----------
+        image : ndarray of uint8, shape (H, W, 3)
+            RGB at the resolution of the model.
+        which : int
+            Symmetry 0 to 7, see `celltyper.transforms.symmetry`.
+
+        Returns
+        -------
+        Canvas
+            Of the image after the symmetry.
+        """
+        turned = symmetry(image, np.empty(image.shape[:2], np.int32), which)[0]
+        turned = np.ascontiguousarray(turned)
+        shapes = self._shapes(turned.shape[:2])
+        path = self._path(turned)
+        try:
+            flat = np.load(path, mmap_mode="r")
+            os.utime(path)
+        except (OSError, ValueError):
+            flat = self._fill(path, turned)
+        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+        maps = [part.reshape(s) for part, s in zip(np.split(flat, ends[:-1]), shapes, strict=True)]
+        return Canvas(tuple(maps), self.strides, self.overlap // 2)
+
+    @torch.inference_mode()
+    def compute(self, image: Image) -> list[NDArray[np.float16]]:
+        """Features of an image and its margin, window by window.
+
+        Every window gives its inner part, less half the overlap; windows at the border of the
+        image give their part of the margin too.
+
+        Parameters
+        ----------
+        image : ndarray of uint8, shape (H, W, 3)
+
+        Returns
+        -------
+        list of ndarray of float16, each (rows, columns, channels)
+        """
+        device = next(self.encoder.parameters()).device
+        margin, (height, width) = self.overlap // 2, image.shape[:2]
+        maps = [np.empty(shape, np.float16) for shape in self._shapes((height, width))]
+        reads = [tile.read for tile in tile_grid((height, width), self.tile, self.overlap)]
+        last_row, last_col = reads[-1].row, reads[-1].col
+        for start in range(0, len(reads), self.batch_size):
+            part = reads[start : start + self.batch_size]
+            pixels = np.stack([read_padded(image, read) for read in part])
+            batch = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
+            for cells, stride, found in zip(maps, self.strides, self.encoder(batch), strict=True):
+                side = self.tile // stride
+                host = found.permute(0, 2, 3, 1).half().cpu().numpy()
+                if not np.isfinite(host).all():
+                    raise ConfigError(
+                        "features of this encoder do not fit into float16, so they cannot be kept: "
+                        "use encoder.cache=0"
+                    )
+                for read, window in zip(part, host, strict=True):
+                    edge = margin // stride
+                    top = 0 if read.row == -margin else edge
+                    left = 0 if read.col == -margin else edge
+                    bottom = side if read.row == last_row else side - edge
+                    right = side if read.col == last_col else side - edge
+                    row, col = ((x + margin) // stride for x in read[:2])
+                    place = np.s_[row + top : row + bottom, col + left : col + right]
+                    cells[place] = window[top:bottom, left:right]
+        return maps
+
+    def _fill(self, path: Path, image: Image) -> NDArray[np.float16]:
+        make_folder(self.folder)
+        flat = np.concatenate([cells.ravel() for cells in self.compute(image)])
+        self._make_room(flat.nbytes)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, flat)
+        mapped: NDArray[np.float16] = np.load(path, mmap_mode="r")
+        return mapped
+
+    def _make_room(self, needed: int) -> None:
+        """Delete the files that were not used for longest until the new one fits."""
+        files = [(f.stat().st_mtime, f.stat().st_size, f) for f in self.folder.glob("*.npy")]
+        used = sum(size for _, size, _ in files)
+        for _, size, file in sorted(files):
+            if used + needed <= self.limit:
+                return
+            # another process may have been quicker; one that reads it keeps its mapping
+            file.unlink(missing_ok=True)
+            used -= size
+
+    def _shapes(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
+        step = self.tile - self.overlap
+        sides = [-(-side // step) * step + self.overlap for side in shape[:2]]
+        return [
+            (sides[0] // stride, sides[1] // stride, channels)
+            for stride, channels in zip(self.strides, self.channels, strict=True)
+        ]
+
+    def _key(self) -> bytes:
+        """What the features depend on beside the pixels."""
+        settings = {
+            name: repr(getattr(module, name))
+            for module in self.encoder.modules()
+            for name in ("blocks", "levels", "scales", "patch_size", "interpolation")
+            if name in vars(module)
+        }
+        digest = hashlib.sha256(fingerprint(self.encoder).encode())
+        for name, buffer in self.encoder.named_buffers():
+            digest.update(name.encode() + buffer.cpu().numpy().tobytes())
+        digest.update(repr((_FORMAT, sorted(settings.items()), self.tile, self.overlap)).encode())
+        return digest.digest()
+
+    def _path(self, image: Image) -> Path:
+        digest = hashlib.sha256(self.key)
+        digest.update(repr(image.shape).encode())
+        digest.update(image.tobytes())
+        return self.folder / f"{digest.hexdigest()[:40]}.npy"
