@@ -75,6 +75,9 @@ class Encoder(Section):
     ``mpp`` is the resolution at which the network sees the image, "card" the one it was trained
     at; images are scaled to it inside the model. By default they are taken as they are: scaled
     down to most cards' 0.5, a nucleus of 0.25 micrometres per pixel would be one patch.
+
+    ``cache`` is the number of symmetries of the square under which the features of a frozen
+    encoder are computed once and kept on disk; training then augments by them alone.
     """
 
     name: str = "vit_small_patch14_dinov2"
@@ -86,6 +89,8 @@ class Encoder(Section):
     last_n: int = Field(4, ge=1)
     layer_decay: float = Field(1.0, gt=0.0, le=1.0)
     checkpointing: bool = False
+    cache: Literal[0, 1, 2, 4, 8] = 0
+    cache_gb: float = Field(20.0, gt=0.0)
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -95,6 +100,7 @@ class Encoder(Section):
             "last_n": ("last-n",),
             "layer_decay": ("full", "last-n"),
             "checkpointing": ("lora", "dora", "full", "last-n", "bias", "norm"),
+            "cache": ("frozen",),
         }
         if self.revision is not None and self.weights in ("random", "twin"):
             raise ValueError(f"encoder.revision has no effect with encoder.weights={self.weights}")
@@ -190,6 +196,15 @@ class Config(Section):
     loss: Loss = Loss()
     train: Train = Train()
     infer: Infer = Infer()
+
+    @model_validator(mode="after")
+    def _kept_features_are_not_augmented(self) -> Config:
+        if self.encoder.cache and self.augment != Augment():
+            raise ValueError(
+                "augment has no effect with encoder.cache, which keeps features of the symmetries "
+                "alone: leave out augment, or use encoder.cache=0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_to_write(self) -> Config:

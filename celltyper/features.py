@@ -8,10 +8,13 @@ symmetries of the square, each of which is computed of its own.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,18 +37,34 @@ class Canvas:
 
     Parameters
     ----------
-    maps : tuple of ndarray of float16, each (rows, columns, channels)
-        One array a level, mapped from disk. Cell (0, 0) begins `margin` pixels above and left of
-        the image.
+    file : Path
+        Holds the arrays of all levels behind each other.
+    shapes : tuple of (int, int, int)
+        Rows, columns and channels of every level.
     strides : tuple of int
         Pixels per cell along a side, by level.
     margin : int
-        Pixels around the image that the maps cover; mirrored image.
+        Pixels around the image that the maps cover; mirrored image. Cell (0, 0) begins there.
     """
 
-    maps: tuple[NDArray[np.float16], ...]
+    file: Path
+    shapes: tuple[tuple[int, int, int], ...]
     strides: tuple[int, ...]
     margin: int
+
+    @cached_property
+    def maps(self) -> tuple[NDArray[np.float16], ...]:
+        """Arrays of float16 (rows, columns, channels), mapped from disk."""
+        flat = np.load(self.file, mmap_mode="r")
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])
+        if flat.shape != (ends[-1],) or flat.dtype != np.float16:
+            raise ValueError(f"{self.file} holds something else")
+        parts = np.split(flat, ends[:-1])
+        return tuple(part.reshape(s) for part, s in zip(parts, self.shapes, strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker maps the file itself; pickling an array would copy it
+        return {name: value for name, value in vars(self).items() if name != "maps"}
 
     def window(self, region: Region) -> list[Tensor]:
         """Cut out the features of a region.
@@ -111,7 +130,7 @@ class FeatureCache:
         self.channels: list[int] = list(encoder.channels)  # type: ignore[arg-type]
         strides = getattr(encoder, "strides", None)
         self.strides = tuple(strides or [self.patch] * len(self.channels))
-        self.tile = -(-tile // self.patch) * self.patch
+        self.tile = self.rounded(tile)
         self.overlap = -(-overlap // (2 * self.patch)) * 2 * self.patch
         if self.overlap >= self.tile:
             raise ConfigError(
@@ -122,9 +141,13 @@ class FeatureCache:
         self.batch_size = batch_size
         self.key = self._key()
 
+    def rounded(self, size: int) -> int:
+        """Smallest multiple of the patch that is at least `size`."""
+        return -(-size // self.patch) * self.patch
+
     def bytes_of(self, shapes: Sequence[tuple[int, int]]) -> int:
         """Bytes that the features of images (height, width) take."""
-        return sum(int(np.prod(s)) for shape in shapes for s in self._shapes(shape)) * 2
+        return 2 * sum(math.prod(s) for shape in shapes for s in self._shapes(shape))
 
     def canvas(self, image: Image, which: int = 0) -> Canvas:
         """Features of an image under a symmetry, from disk or computed now.
@@ -143,16 +166,17 @@ class FeatureCache:
         """
         turned = symmetry(image, np.empty(image.shape[:2], np.int32), which)[0]
         turned = np.ascontiguousarray(turned)
-        shapes = self._shapes(turned.shape[:2])
         path = self._path(turned)
+        shapes = tuple(self._shapes(turned.shape[:2]))
+        canvas = Canvas(path, shapes, self.strides, self.overlap // 2)
         try:
-            flat = np.load(path, mmap_mode="r")
+            # mapped now: another process may delete the file, but not what is mapped
+            _ = canvas.maps
             os.utime(path)
         except (OSError, ValueError):
-            flat = self._fill(path, turned)
-        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
-        maps = [part.reshape(s) for part, s in zip(np.split(flat, ends[:-1]), shapes, strict=True)]
-        return Canvas(tuple(maps), self.strides, self.overlap // 2)
+            self._fill(path, turned)
+            _ = canvas.maps
+        return canvas
 
     @torch.inference_mode()
     def compute(self, image: Image) -> list[NDArray[np.float16]]:
@@ -197,14 +221,12 @@ class FeatureCache:
                     cells[place] = window[top:bottom, left:right]
         return maps
 
-    def _fill(self, path: Path, image: Image) -> NDArray[np.float16]:
+    def _fill(self, path: Path, image: Image) -> None:
         make_folder(self.folder)
         flat = np.concatenate([cells.ravel() for cells in self.compute(image)])
         self._make_room(flat.nbytes)
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, flat)
-        mapped: NDArray[np.float16] = np.load(path, mmap_mode="r")
-        return mapped
 
     def _make_room(self, needed: int) -> None:
         """Delete the files that were not used for longest until the new one fits."""

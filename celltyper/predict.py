@@ -8,11 +8,10 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.nn import functional as F
 
 from celltyper.errors import ConfigError, DataError
-from celltyper.features import Canvas
+from celltyper.features import FeatureCache
 from celltyper.labels import label_ids, mean_in_labels, resize_labels
 from celltyper.models import PHENOTYPE, CellTyper
 from celltyper.tiling import read_padded, tile_grid
@@ -93,7 +92,7 @@ def predict_maps(
     batch_size: int | None = None,
     precision: str = "fp32",
     progress: Callable[[int, int], None] | None = None,
-    canvas: Canvas | None = None,
+    features: FeatureCache | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Run the model over an image of any size, tile by tile.
 
@@ -112,17 +111,21 @@ def predict_maps(
         See `autocast`.
     progress : callable or None
         Called with (tiles done, tiles in all).
-    canvas : Canvas or None
-        Features of this image, computed with the same tile and overlap; the encoder is not run.
+    features : FeatureCache or None
+        Where features of the model's frozen encoder are kept: it is not run where they are
+        known, and tile and overlap are those of the cache.
 
     Returns
     -------
     dict of str to ndarray of float32, each (C, H, W)
         Activated maps.
     """
-    size = tile or model.tile
+    size, shared = tile or model.tile, model.overlap if overlap is None else overlap
+    canvas = None
+    if features is not None:
+        size, shared, canvas = features.tile, features.overlap, features.canvas(image)
     try:
-        tiles = tile_grid(image.shape[:2], size, model.overlap if overlap is None else overlap)
+        tiles = tile_grid(image.shape[:2], size, shared)
     except ValueError as error:
         raise ConfigError(f"infer.overlap: {error}") from error
     maps = {
@@ -137,9 +140,12 @@ def predict_maps(
             part = tiles[start : start + step]
             pixels = np.stack([read_padded(image, t.read) for t in part])
             batch = torch.from_numpy(pixels).to(model.device).permute(0, 3, 1, 2).float() / 255
-            features = None if canvas is None else _stack([canvas.window(t.read) for t in part])
+            known = None
+            if canvas is not None:
+                windows = [canvas.window(t.read) for t in part]
+                known = [torch.stack(x).to(model.device) for x in zip(*windows, strict=True)]
             with autocast(model.device, precision):
-                raw = model(batch, features and [f.to(model.device) for f in features])
+                raw = model(batch, known)
             for name, values in model.activate(raw).items():
                 host = values.cpu().numpy()
                 for i, (read, write) in enumerate(part):
@@ -166,7 +172,7 @@ def predict_image(
     precision: str = "fp32",
     name: str = "",
     progress: Callable[[int, int], None] | None = None,
-    canvas: Canvas | None = None,
+    features: FeatureCache | None = None,
 ) -> Prediction:
     """Find, outline and type every cell of an image.
 
@@ -178,7 +184,7 @@ def predict_image(
     mpp : float or None
         Micrometres per pixel of the image. Needed if the model has a resolution of its own: the
         image is then rescaled to it, and labels and maps are given back in the image's pixels.
-    tile, overlap, batch_size, precision, progress, canvas
+    tile, overlap, batch_size, precision, progress, features
         See `predict_maps`.
     name : str
         Carried into the prediction.
@@ -213,7 +219,7 @@ def predict_image(
         batch_size=batch_size,
         precision=precision,
         progress=progress,
-        canvas=canvas,
+        features=features,
     )
     probabilities = maps.pop(PHENOTYPE)
     labels = model.instances.decode(maps)
@@ -222,11 +228,6 @@ def predict_image(
         labels, cells = _labels_to(labels, cells, image.shape[:2])
         probabilities = _maps_to(probabilities, image.shape[:2])
     return Prediction(labels, probabilities, cells, model.classes, mpp, name, model.colors)
-
-
-def _stack(windows: list[list[Tensor]]) -> list[Tensor]:
-    """Features of several windows as batches, one a level."""
-    return [torch.stack(level) for level in zip(*windows, strict=True)]
 
 
 def check_mpp(mpp: float | None) -> None:

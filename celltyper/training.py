@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from celltyper.atomic import write_json
+from celltyper.cache import cache_folder
 from celltyper.checkpoints import (
     MODEL_FILE,
     load_state,
@@ -42,9 +43,10 @@ from celltyper.encoders.lora import read_adapter
 from celltyper.encoders.trainability import check_trainability, fingerprint, parameter_digest
 from celltyper.errors import ConfigError, DataError, TrainingError
 from celltyper.evaluation import SCORES, score_image, summarise
+from celltyper.features import Canvas, FeatureCache
 from celltyper.losses import effective_class_weights
 from celltyper.models import CellTyper, build_model
-from celltyper.objective import TrainingTiles, objective
+from celltyper.objective import objective
 from celltyper.optim import (
     Average,
     learning_rate_factor,
@@ -64,9 +66,12 @@ from celltyper.runs import (
     start_folder,
     write_history,
 )
+from celltyper.targets import FEATURES, KeptTiles, Targets, TrainingTiles
 from celltyper.types import Sample
 
 logger = logging.getLogger("celltyper")
+
+Tiles = TrainingTiles | KeptTiles
 
 SURROUND = 1.25
 """Tiles are cut this much larger than asked, so that a rotation shows tissue, not mirrors."""
@@ -133,9 +138,10 @@ def train(
         check_output(output, config, resume=resume, overwrite=overwrite)
     model = build_model(config, train_data.classes, config.data.mpp, train_data.colors)
     samples = [_at_mpp(sample, config.data.mpp) for sample in samples]
-    sampler = TileSampler(
-        samples, round(SURROUND * config.data.tile), config.data.balance, config.seed
-    )
+    cache = _feature_cache(config, model, samples) if config.encoder.cache else None
+    # on kept features nothing is rotated, so no surroundings are needed
+    side = round(SURROUND * config.data.tile) if cache is None else cache.rounded(config.data.tile)
+    sampler = TileSampler(samples, side, config.data.balance, config.seed)
     state = Progress(digest=parameter_digest(model))
     tensors: dict[str, Tensor] = {}
     accelerator.wait_for_everyone()
@@ -153,9 +159,15 @@ def train(
         start_folder(output, config, keep=resume)
     model.to(accelerator.device)
     pixels = np.pad(sampler.pixels, (0, len(model.classes) + 1 - len(sampler.pixels)))
-    loop = _Loop(config, model, accelerator, class_weights(config.loss, pixels))
+    loop = _Loop(config, model, accelerator, class_weights(config.loss, pixels), cache)
     loop.restore(tensors, where=str(output / LAST_FILE))
-    _run(loop, state, TrainingTiles(sampler, model.instances, config), val_data, output, progress)
+    targets = Targets(samples, model.instances)
+    tiles: Tiles = TrainingTiles(sampler, targets, config)
+    if cache is not None:
+        with accelerator.main_process_first():
+            canvases = _canvases(cache, samples, config.encoder.cache, progress=progress)
+        tiles = KeptTiles(sampler, targets, canvases, cache.patch)
+    _run(loop, state, tiles, val_data, output, progress)
     trainability = check_trainability(state.digest, parameter_digest(model), config.encoder.adapt)
     state.finished = True
     if accelerator.is_main_process:
@@ -165,10 +177,39 @@ def train(
     return output
 
 
+def _feature_cache(config: Config, model: CellTyper, samples: Sequence[Sample]) -> FeatureCache:
+    """Where features are kept; refused before anything is computed if they cannot fit."""
+    cache = FeatureCache(
+        model.encoder,
+        cache_folder() / "features",
+        tile=model.tile,
+        overlap=model.overlap,
+        limit=int(config.encoder.cache_gb * 1e9),
+        batch_size=config.infer.batch_size,
+    )
+    needed = config.encoder.cache * cache.bytes_of([s.labels.shape for s in samples])
+    if needed > cache.limit:
+        raise ConfigError(
+            f"features of {len(samples)} images under {config.encoder.cache} symmetries take "
+            f"{needed / 1e9:.1f} GB, more than encoder.cache_gb={config.encoder.cache_gb:g}: raise "
+            "it, or lower encoder.cache"
+        )
+    return cache
+
+
+def _canvases(
+    cache: FeatureCache, samples: Sequence[Sample], symmetries: int, *, progress: bool
+) -> dict[tuple[int, int], Canvas]:
+    """Features of every image under the first symmetries, computed now or found."""
+    work = [(i, which) for i in range(len(samples)) for which in range(symmetries)]
+    bar = tqdm(work, desc="features", unit="image", disable=None if progress else True)
+    return {(i, which): cache.canvas(samples[i].image, which) for i, which in bar}
+
+
 def _run(
     loop: _Loop,
     state: Progress,
-    tiles: TrainingTiles,
+    tiles: Tiles,
     val_data: Dataset,
     output: Path,
     progress: bool,
@@ -351,8 +392,10 @@ class _Loop:
         model: CellTyper,
         accelerator: Accelerator,
         weights: NDArray[np.float64] | None,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.config = config
+        self.cache = cache
         self.accelerator = accelerator
         self.bare = model
         self.base = fingerprint(model.encoder)
@@ -392,8 +435,10 @@ class _Loop:
         self.lr = train.lr * factor
         self.model.train()
         images = batch.pop("image")
+        kept = sorted(name for name in batch if name.startswith(FEATURES))
+        features = [batch.pop(name) for name in kept] or None
         with self.accelerator.autocast():
-            raw = self.model(images)
+            raw = self.model(images, features)
         loss = objective(raw, batch, self.bare.maps, self.config.loss, self.weights)
         value = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
         if math.isfinite(value):
@@ -422,6 +467,7 @@ class _Loop:
                 batch_size=infer.batch_size,
                 precision=self.config.train.precision,
                 name=sample.name,
+                features=self.cache,
             )
             scores.append(score_image(prediction, sample))
         self._put(own)

@@ -8,11 +8,19 @@ import pytest
 import torch
 
 import celltyper
+from celltyper.config import Config, parse_config
+from celltyper.datasets import TileSampler
 from celltyper.encoders import load_encoder
+from celltyper.encoders.vit import TimmViT
 from celltyper.errors import ConfigError
 from celltyper.features import FeatureCache
+from celltyper.instances import build_instances
 from celltyper.predict import predict_maps
+from celltyper.targets import KeptTiles, Targets
 from celltyper.tiling import Region
+from celltyper.training import train
+from celltyper.transforms import symmetry
+from celltyper.types import Sample
 
 GB = 2**30
 
@@ -61,10 +69,10 @@ def test_model_on_kept_features_equals_the_model(tmp_path: Path) -> None:
     expected = predict_maps(model, image, tile=64, overlap=0)
     calls = []
     model.encoder.register_forward_hook(lambda *_: calls.append(1))
-    canvas = cache.canvas(image)
+    cache.canvas(image)
     assert calls
     calls.clear()
-    found = predict_maps(model, image, tile=64, overlap=0, canvas=canvas)
+    found = predict_maps(model, image, features=cache)
     assert not calls
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, atol=5e-3)
@@ -143,3 +151,107 @@ def test_tiles_are_rounded_to_patches(tmp_path: Path) -> None:
     assert (cache.tile, cache.overlap) == (266, 84)
     with pytest.raises(ConfigError, match="leaves nothing"):
         cache_of(tmp_path, tile=64, overlap=64)
+
+
+def disks(seed: int, size: int = 96) -> Sample:
+    """Five nuclei, each of another brightness, so that a tile tells where it was cut."""
+    labels = np.zeros((size, size + 16), np.int32)
+    for i, (row, col) in enumerate([(14, 20), (50, 40), (75, 90), (20, 80), (80, 20)]):
+        labels[row - 5 : row + 6, col - 4 : col + 7] = i + 1
+    image = picture(*labels.shape, seed=seed)
+    image[..., 0] = 40 * labels
+    kinds = np.array([0, 1, 2, 1, 2, 1], np.uint8)
+    return Sample(image, labels, kinds, f"s{seed}", f"g{seed}", 0.5)
+
+
+def test_tiles_and_their_features_belong_together(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, tile=32, overlap=0)
+    samples = [disks(1), disks(2)]
+    sampler = TileSampler(samples, 32, balance=0.5, seed=0)
+    kept = {(i, w): cache.canvas(samples[i].image, w) for i in (0, 1) for w in range(8)}
+    tiles = KeptTiles(sampler, Targets(samples, build_instances("hv")), kept, cache.patch)
+    turns = set()
+    for index in range(80):
+        item = tiles[index]
+        # without overlap a canvas cell sees its own 32 px window alone: find it by brute force
+        found = []
+        for (i, which), canvas in kept.items():
+            image, labels = symmetry(samples[i].image, samples[i].labels, which)
+            for row in range(0, labels.shape[0] - 31, 16):
+                for col in range(0, labels.shape[1] - 31, 16):
+                    part = image[row : row + 32, col : col + 32]
+                    pixels = torch.from_numpy(part.transpose(2, 0, 1).copy()).float() / 255
+                    if torch.equal(pixels, item["image"]):
+                        found.append((canvas, row, col, labels, i, which))
+        assert len(found) == 1
+        canvas, row, col, labels, i, which = found[0]
+        turns.add(which)
+        for level, cells in enumerate(canvas.maps):
+            part = cells[row // 16 : row // 16 + 2, col // 16 : col // 16 + 2]
+            expected = torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1)
+            assert torch.equal(item[f"features.{level}"], expected)
+        kinds = samples[i].phenotypes[labels[row : row + 32, col : col + 32]]
+        np.testing.assert_array_equal(item["phenotype"], kinds)
+        # as near to the place that was drawn as the patch grid allows
+        place = sampler.place(index)
+        assert place.sample == i
+        drawn = np.zeros(samples[i].labels.shape, np.int32)
+        drawn[place.row : place.row + 32, place.col : place.col + 32] = 1
+        turned = symmetry(samples[i].image, drawn, which)[1]
+        rows, cols = np.nonzero(turned)
+        assert abs(rows.min() - row) <= 16
+        assert abs(cols.min() - col) <= 16
+    assert turns == set(range(8))
+
+
+def settings(data: Path, **encoder: object) -> Config:
+    values = {
+        "data": {"root": str(data), "tile": 48},
+        "encoder": {"name": "vit_tiny_patch16", "weights": "twin", "cache": 4} | encoder,
+        "train": {"steps": 4, "batch_size": 2, "validate_every": 2, "warmup": 1},
+        "infer": {"tile": 64, "overlap": 32},
+    }
+    return parse_config(values)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CELLTYPER_CACHE", str(tmp_path / "kept"))
+    return tmp_path / "kept" / "features"
+
+
+def test_training_runs_the_encoder_once_per_image_and_symmetry(
+    made_data: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    forward = TimmViT.forward
+    monkeypatch.setattr(TimmViT, "forward", lambda s, x: seen.append(len(x)) or forward(s, x))
+    first = train(settings(made_data), tmp_path / "run", progress=False)
+    # three images in four symmetries, and one to validate; 96 px are 3 x 3 windows of 64
+    assert sum(seen) == (3 * 4 + 1) * 9
+    assert len(list(own_cache.glob("*.npy"))) == 13
+    seen.clear()
+    again = train(settings(made_data), tmp_path / "again", progress=False)
+    assert not seen
+    assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert (first / "history.csv").read_text() == (again / "history.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": {"cache_gb": 1e-6}}, "3 images under 4 symmetries take 0.0 GB, more than"),
+        ({"encoder": {"adapt": "lora"}}, "encoder.cache has no effect with encoder.adapt=lora"),
+        ({"augment": {"rotate": 10}}, "augment has no effect with encoder.cache"),
+        ({"data": {"tile": 128}}, "smaller than a tile of 128 px"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(
+    made_data: Path, tmp_path: Path, change: dict[str, dict[str, object]], message: str
+) -> None:
+    values = settings(made_data).model_dump()
+    for section, options in change.items():
+        values[section] |= options
+    with pytest.raises(ConfigError, match=message):
+        train(parse_config(values), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "model.safetensors").exists()

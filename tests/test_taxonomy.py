@@ -19,8 +19,9 @@ from celltyper.datasets import Dataset, TileSampler, resample, write_folder
 from celltyper.datasets.taxonomy import Taxonomy, apply_taxonomy, read_taxonomy
 from celltyper.errors import DataError
 from celltyper.evaluation import evaluate
-from celltyper.objective import TrainingTiles, objective
+from celltyper.objective import objective
 from celltyper.readers import open_dataset, open_sources
+from celltyper.targets import Targets, TrainingTiles
 from celltyper.types import UNKNOWN, MapSpec, Prediction, Sample
 
 FINE = ("plasma", "tumour", "lymphocyte", "dirt", "other")
@@ -283,14 +284,14 @@ class Inside:
 def test_tiles_carry_it_and_the_objective_uses_it() -> None:
     config = Config.model_validate({"data": {"tile": 32}, "infer": {"overlap": 0}})
     whole, partial = fine("whole"), replace(fine("partial"), unannotated=(2, 4))
-    alone = TrainingTiles(TileSampler([whole], 40, 0.5, seed=0), Inside(), config)
+    alone = TrainingTiles(TileSampler([whole], 40, 0.5, seed=0), Targets([whole], Inside()), config)
     assert "unannotated" not in alone[0]
     sampler = TileSampler([whole, partial], 40, 0.5, seed=0)
-    tiles = TrainingTiles(sampler, Inside(), config)
+    tiles = TrainingTiles(sampler, Targets(sampler.samples, Inside()), config)
     seen = set()
     for index in range(12):
         item = tiles[index]
-        name = sampler.sample_of(index).name
+        name = sampler.samples[sampler.place(index).sample].name
         # the image itself says where it is from
         np.testing.assert_array_equal(sampler.tile(index).image.shape, (40, 40, 3))
         seen.add(name)

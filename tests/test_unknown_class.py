@@ -11,8 +11,9 @@ import torch
 from celltyper.config import Config
 from celltyper.datasets import TileSampler, split_by_group, write_folder
 from celltyper.evaluation import evaluate
-from celltyper.objective import TrainingTiles, objective
+from celltyper.objective import objective
 from celltyper.readers import open_dataset
+from celltyper.targets import Targets, TrainingTiles
 from celltyper.types import UNKNOWN, MapSpec, Prediction, Sample
 
 CLASSES = ("tumour", "immune")
@@ -70,7 +71,7 @@ def test_its_pixels_are_ignored_by_the_class_loss_and_used_by_the_instance_loss(
     still |= dict.fromkeys(("color", "blur", "noise"), 0.0)
     config = config.model_copy(update={"augment": config.augment.model_copy(update=still)})
     sampler = TileSampler([sample()], 32, balance=0.5, seed=0)
-    item = TrainingTiles(sampler, Method(), config)[0]
+    item = TrainingTiles(sampler, Targets(sampler.samples, Method()), config)[0]
     inside = item["inside"][0] > 0
     ignored = item["phenotype"] == -1
     assert ignored.any()

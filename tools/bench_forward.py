@@ -1,6 +1,7 @@
 """Time encoders and decoders on one 256 px tile, side by side with timm's own forward.
 
 python tools/bench_forward.py [--encoder vit_small_patch16] [--threads 2] [--compile]
+python tools/bench_forward.py --encoder swin_base_patch4_window7 --tile 224 --encoder-only
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--busy", action="store_true", help="for a busy machine: one thread, CPU time"
     )
+    parser.add_argument("--encoder-only", action="store_true", help="leave out the decoders")
     options = parser.parse_args()
     clock = time.process_time if options.busy else time.perf_counter
     options.threads = 1 if options.busy else options.threads
@@ -78,6 +80,8 @@ def main() -> None:
     for name, value in times.items():
         print(f"| {name} | {value:.4f} | {value / base:.3f} |")
 
+    if options.encoder_only:
+        return
     own = times["celltyper encoder"]
     print("\n| decoder | width | channels out | parameters | s per tile | with encoder |")
     print("|---|---|---|---|---|---|")

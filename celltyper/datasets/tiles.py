@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
-from numpy.random import Generator, SeedSequence, default_rng
+from numpy.random import SeedSequence, default_rng
 from numpy.typing import NDArray
 
 from celltyper.errors import DataError
 from celltyper.labels import centroids, label_ids
 from celltyper.transforms import Tile, split_mirrored
 from celltyper.types import UNKNOWN, Sample
+
+
+class Place(NamedTuple):
+    """Position of a sample among all, and the upper left corner of a tile in it."""
+
+    sample: int
+    row: int
+    col: int
 
 
 class TileSampler:
@@ -110,17 +119,12 @@ class TileSampler:
             Image and labels ``(size, size)``, ids as in the sample. An image smaller than the tile
             is continued by reflection, mirrored copies of nuclei having ids of their own.
         """
+        place = self.place(index)
+        return _cut(self.samples[place.sample], place.row, place.col, self.size)
+
+    def place(self, index: int) -> Place:
+        """Where the tile of this index is cut."""
         rng = default_rng(SeedSequence([self.seed, index]))
-        position, row, col = self._corner(rng)
-        return _cut(self.samples[position], row, col, self.size)
-
-    def sample_of(self, index: int) -> Sample:
-        """Sample that the tile of this index is cut from."""
-        position, _, _ = self._corner(default_rng(SeedSequence([self.seed, index])))
-        return self.samples[position]
-
-    def _corner(self, rng: Generator) -> tuple[int, int, int]:
-        """Image and upper left corner of a tile."""
         if not self.cells.any() or rng.random() < self._random_share:
             position = int(np.searchsorted(self._image_share, rng.random(), side="right"))
             spare = np.maximum(self._shapes[position] - self.size, 0)
@@ -133,7 +137,7 @@ class TileSampler:
             spare = np.maximum(self._shapes[position] - self.size, 0)
             row, col = np.clip(np.rint(cell[2:] + away - (self.size - 1) / 2), 0, spare)
         small = np.minimum(self._shapes[position] - self.size, 0)
-        return position, int(row) + int(small[0]) // 2, int(col) + int(small[1]) // 2
+        return Place(position, int(row) + int(small[0]) // 2, int(col) + int(small[1]) // 2)
 
 
 def _cut(sample: Sample, row: int, col: int, size: int) -> Tile:

@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import pyarrow.parquet
 import shapely
 from skimage.draw import polygon
 
+from celltyper.cache import cache_folder
 from celltyper.datasets.images import read_image
 from celltyper.datasets.writing import write_folder
 from celltyper.errors import DataError
@@ -68,15 +68,6 @@ class DemoFolders(NamedTuple):
     train: Path
     val: Path
     test: Path
-
-
-def cache_folder() -> Path:
-    """Folder for downloads: ``$CELLTYPER_CACHE``, else ``celltyper`` in the user's cache."""
-    own = os.environ.get("CELLTYPER_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "celltyper"
 
 
 def fetch_hgsc(cache_dir: str | Path | None = None) -> Path:
