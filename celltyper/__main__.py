@@ -70,6 +70,23 @@ def predicting(command: Callable[..., Any]) -> Callable[..., Any]:
     return common(command)
 
 
+READING = (
+    click.option(
+        "--taxonomy", type=PATH, help="YAML that merges or renames classes (docs/data.md)."
+    ),
+    click.option(
+        "--reader", default="auto", show_default=True, help="Layout, such as lizard or folder."
+    ),
+)
+
+
+def reading(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that opens annotated images."""
+    for option in READING:
+        command = option(command)
+    return command
+
+
 @cli.command()
 @click.argument("config")
 @click.option("-o", "--output", type=PATH, required=True, help="Run folder to write.")
@@ -156,6 +173,7 @@ def infer(inputs: tuple[Path, ...], model: Path, output: Path, quiet: bool, **op
 )
 @click.option("--allow-seen", is_flag=True, help="Score images of the training data too.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier evaluation.")
+@reading
 @predicting
 @click.pass_context
 def evaluate(
@@ -364,23 +382,6 @@ def data() -> None:
     """Describe annotated images, find mistakes in them, store them."""
 
 
-READING = (
-    click.option(
-        "--taxonomy", type=PATH, help="YAML that merges or renames classes (docs/data.md)."
-    ),
-    click.option(
-        "--reader", default="auto", show_default=True, help="Layout, such as lizard or folder."
-    ),
-)
-
-
-def reading(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every command that opens annotated images."""
-    for option in READING:
-        command = option(command)
-    return click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")(command)
-
-
 @data.command()
 @click.argument("sources", nargs=-1, required=True, type=PATH, metavar="SRC...")
 @click.option("-o", "--output", type=PATH, required=True, help="Store to write, OUT.zarr.")
@@ -390,6 +391,7 @@ def reading(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier store.")
 @reading
+@click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")
 def prepare(
     sources: tuple[Path, ...],
     output: Path,
@@ -433,6 +435,7 @@ def prepare(
 @data.command(name="check")
 @click.argument("path", type=PATH)
 @reading
+@click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")
 @click.pass_context
 def check_data(
     context: click.Context, path: Path, reader: str, taxonomy: Path | None, quiet: bool
@@ -456,6 +459,7 @@ def check_data(
 @data.command()
 @click.argument("path", type=PATH)
 @reading
+@click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")
 def info(path: Path, reader: str, taxonomy: Path | None, quiet: bool) -> None:
     """Show layout, sizes, resolution, classes, splits and groups."""
     _log(quiet)

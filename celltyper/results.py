@@ -41,6 +41,8 @@ def evaluate_run(
     output: str | Path | None = None,
     *,
     split: str | None = None,
+    reader: str = "auto",
+    taxonomy: str | Path | None = None,
     mpp: float | None = None,
     resamples: int = 1000,
     overwrite: bool = False,
@@ -65,6 +67,8 @@ def evaluate_run(
     split : str or None
         Only this split of the data: one that its ``meta.json`` names, or ``train`` or ``val`` as
         the run divided the same folder.
+    reader, taxonomy
+        How to read the data, see `celltyper.open_dataset`.
     mpp : float or None
         Micrometres per pixel; None takes what the data state.
     resamples : int
@@ -95,7 +99,7 @@ def evaluate_run(
     place = pick_device(device)
     autocast(place, precision)
     facts = read_json(run / RUN_FILE) if run.is_dir() else {}
-    dataset = _at(_open(data, split, facts), mpp)
+    dataset = _at(_open(data, split, facts, reader=reader, taxonomy=taxonomy), mpp)
     if not allow_seen:
         _check_unseen(dataset, facts)
     model = load_model(
@@ -136,6 +140,8 @@ def evaluate_predictions(
     output: str | Path | None = None,
     *,
     split: str | None = None,
+    reader: str = "auto",
+    taxonomy: str | Path | None = None,
     mpp: float | None = None,
     resamples: int = 1000,
     overwrite: bool = False,
@@ -151,7 +157,7 @@ def evaluate_predictions(
         Annotated images of the same names.
     output : str or Path or None
         Folder to write; None is `pred`.
-    split, mpp, resamples, overwrite
+    split, reader, taxonomy, mpp, resamples, overwrite
         See `evaluate_run`; the split is one that ``meta.json`` names.
 
     Returns
@@ -165,7 +171,7 @@ def evaluate_predictions(
     """
     check_mpp(mpp)
     folder = _free(Path(output) if output else Path(pred), overwrite)
-    dataset = _at(open_dataset(ref, split), mpp)
+    dataset = _at(open_dataset(ref, split, reader, taxonomy), mpp)
     facts: dict[str, Any] = {}
     if (Path(pred) / INDEX_FILE).is_file():
         facts = read_index(pred)
@@ -289,18 +295,19 @@ def _same_classes(classes: Sequence[str], dataset: Dataset) -> None:
     if tuple(classes) != dataset.classes:
         raise DataError(
             f"the predictions have classes {', '.join(classes)}, {dataset.path} has "
-            f"{', '.join(dataset.classes)}: both must name the same in the same order"
+            f"{', '.join(dataset.classes)}: both must name the same in the same order "
+            "(--taxonomy merges and renames classes)"
         )
 
 
-def _open(data: str | Path, split: str | None, facts: Mapping[str, Any]) -> Dataset:
+def _open(data: str | Path, split: str | None, facts: Mapping[str, Any], **reading: Any) -> Dataset:
     """Open annotated images, or the part of them that the run or the dataset calls `split`."""
     if split is None:
-        return open_dataset(data)
+        return open_dataset(data, **reading)
     part = facts.get("data", {}).get(split)
     if part and Path(part["path"]) == Path(data).absolute():
-        return open_dataset(data).subset(part["names"], f"{split} part of {data}")
-    return open_dataset(data, split)
+        return open_dataset(data, **reading).subset(part["names"], f"{split} part of {data}")
+    return open_dataset(data, split, **reading)
 
 
 def _at(dataset: Dataset, mpp: float | None) -> Dataset:

@@ -132,3 +132,25 @@ def test_training_takes_a_store_and_a_taxonomy(
     merged.write_text("classes: {cell: [blue, brown]}")
     config = tiny(made_data, f"data.taxonomy={merged}")
     assert training_data(config.data, seed=0)[0].classes == ("cell",)
+
+
+def test_a_run_on_merged_classes_is_scored_on_merged_classes(
+    tmp_path: Path, made_data: Path, celltyper_command: Run
+) -> None:
+    merged = tmp_path / "merged.yaml"
+    merged.write_text("classes: {cell: [blue, brown]}\n")
+    settings = ["data.tile=64", "train.steps=1", "train.batch_size=2", "train.warmup=1"]
+    settings += ["infer.overlap=16", "encoder.name=vit_tiny_patch16", "encoder.weights=twin"]
+    settings += [f"data.root={made_data}", f"data.taxonomy={merged}"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    run = tmp_path / "run"
+    trained = celltyper_command("train", "linear", "-o", run, *words)
+    assert trained.code == 0, trained.err
+    plain = celltyper_command("eval", run, made_data / "test", "--resamples", 0)
+    assert plain.code == 2
+    assert "--taxonomy merges and renames classes" in plain.err
+    words = ["--resamples", 0, "--taxonomy", merged]
+    scored = celltyper_command("eval", run, made_data / "test", *words)
+    assert scored.code == 0, scored.err
+    assert "cell " in scored.out
+    assert "blue" not in scored.out
