@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -27,34 +26,22 @@ from celltyper.atomic import write_json
 from celltyper.cache import cache_folder
 from celltyper.checkpoints import (
     MODEL_FILE,
-    load_state,
     read_tensors,
-    save_model,
-    trained_state,
-    write_tensors,
 )
-from celltyper.config import Config, Data, Lora, Loss, Train
+from celltyper.config import Config, Data, Lora, Train
 from celltyper.datasets import Dataset, resample, split_by_group
 from celltyper.datasets.tiles import TileSampler
 from celltyper.encoders import find_card
 from celltyper.encoders.folders import commit_of
 from celltyper.encoders.hub import HUB_NAMES, MADE_NAMES, find_weights
 from celltyper.encoders.lora import read_adapter
-from celltyper.encoders.trainability import check_trainability, fingerprint, parameter_digest
+from celltyper.encoders.trainability import check_trainability, parameter_digest
 from celltyper.errors import ConfigError, DataError, TrainingError
-from celltyper.evaluation import SCORES, score_image, summarise
+from celltyper.evaluation import SCORES
 from celltyper.features import Canvas, FeatureCache
-from celltyper.losses import effective_class_weights
+from celltyper.loop import Loop, class_weights
 from celltyper.models import CellTyper, build_model
-from celltyper.objective import objective
-from celltyper.optim import (
-    Average,
-    learning_rate_factor,
-    make_optimizer,
-    optimizer_tensors,
-    restore_optimizer,
-)
-from celltyper.predict import SAME_MPP, autocast, pick_device, predict_image
+from celltyper.predict import SAME_MPP, autocast, pick_device
 from celltyper.readers import open_dataset
 from celltyper.runs import (
     LAST_FILE,
@@ -64,9 +51,8 @@ from celltyper.runs import (
     check_output,
     run_facts,
     start_folder,
-    write_history,
 )
-from celltyper.targets import FEATURES, KeptTiles, Targets, TrainingTiles
+from celltyper.targets import KeptTiles, Targets, TrainingTiles
 from celltyper.types import Sample
 
 logger = logging.getLogger("celltyper")
@@ -159,7 +145,7 @@ def train(
         start_folder(output, config, keep=resume)
     model.to(accelerator.device)
     pixels = np.pad(sampler.pixels, (0, len(model.classes) + 1 - len(sampler.pixels)))
-    loop = _Loop(config, model, accelerator, class_weights(config.loss, pixels), cache)
+    loop = Loop(config, model, accelerator, class_weights(config.loss, pixels), cache)
     loop.restore(tensors, where=str(output / LAST_FILE))
     targets = Targets(samples, model.instances)
     tiles: Tiles = TrainingTiles(sampler, targets, config)
@@ -202,12 +188,13 @@ def _canvases(
 ) -> dict[tuple[int, int], Canvas]:
     """Features of every image under the first symmetries, computed now or found."""
     work = [(i, which) for i in range(len(samples)) for which in range(symmetries)]
+    logger.info("features of %d images under %d symmetries", len(samples), symmetries)
     bar = tqdm(work, desc="features", unit="image", disable=None if progress else True)
     return {(i, which): cache.canvas(samples[i].image, which) for i, which in bar}
 
 
 def _run(
-    loop: _Loop,
+    loop: Loop,
     state: Progress,
     tiles: Tiles,
     val_data: Dataset,
@@ -383,117 +370,6 @@ def training_data(data: Data, seed: int) -> tuple[Dataset, Dataset]:
     return train_data, val_data
 
 
-class _Loop:
-    """What one step needs, and what the checkpoint of a step holds."""
-
-    def __init__(
-        self,
-        config: Config,
-        model: CellTyper,
-        accelerator: Accelerator,
-        weights: NDArray[np.float64] | None,
-        cache: FeatureCache | None = None,
-    ) -> None:
-        self.config = config
-        self.cache = cache
-        self.accelerator = accelerator
-        self.bare = model
-        self.base = fingerprint(model.encoder)
-        self.optimizer = make_optimizer(model, config)
-        self.rates = [float(g["lr"]) for g in self.optimizer.param_groups]
-        self.weights = (
-            None
-            if weights is None
-            else torch.as_tensor(weights, dtype=torch.float32).to(accelerator.device)
-        )
-        self.model, self.wrapped = accelerator.prepare(model, self.optimizer)
-        # Only now: preparing for several processes gives the parameters new storage.
-        self.state = trained_state(model)
-        self.average = Average(self.state, config.train.ema) if config.train.ema else None
-        self.lr = 0.0
-
-    def restore(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Put back weights, average and optimiser of a last checkpoint; empty does nothing."""
-        if not tensors:
-            return
-        load_state(self.bare, _part(tensors, "model."), where=where)
-        if self.average:
-            self.average.state = {
-                k: v.to(self.accelerator.device) for k, v in _part(tensors, "average.").items()
-            }
-        restore_optimizer(self.optimizer, tensors)
-        if self.accelerator.scaler is not None:
-            scaler = _part(tensors, "scaler.").items()
-            self.accelerator.scaler.load_state_dict({k: v.item() for k, v in scaler})
-
-    def step(self, batch: dict[str, Tensor], step: int) -> float:
-        """One forward and backward pass; the optimiser steps when enough are accumulated."""
-        train = self.config.train
-        factor = learning_rate_factor(step, train.warmup, train.steps)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        self.lr = train.lr * factor
-        self.model.train()
-        images = batch.pop("image")
-        kept = sorted(name for name in batch if name.startswith(FEATURES))
-        features = [batch.pop(name) for name in kept] or None
-        with self.accelerator.autocast():
-            raw = self.model(images, features)
-        loss = objective(raw, batch, self.bare.maps, self.config.loss, self.weights)
-        value = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
-        if math.isfinite(value):
-            self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), train.clip)
-            self.wrapped.step()
-            self.wrapped.zero_grad()
-        return value
-
-    def after_step(self, step: int) -> None:
-        if self.average:
-            self.average.update(self.state, step)
-
-    def validate(self, data: Dataset) -> dict[str, float]:
-        """Scores on whole validation images, with the averaged weights if there are any."""
-        infer = self.config.infer
-        own = {name: t.detach().clone() for name, t in self.state.items()} if self.average else {}
-        self._put(self.average.state if self.average else {})
-        scores = []
-        for sample in data:
-            prediction = predict_image(
-                self.bare,
-                sample.image,
-                sample.mpp or data.mpp or self.bare.mpp,
-                batch_size=infer.batch_size,
-                precision=self.config.train.precision,
-                name=sample.name,
-                features=self.cache,
-            )
-            scores.append(score_image(prediction, sample))
-        self._put(own)
-        return {s: e.value for s, e in summarise(scores, data.classes, resamples=0).scores.items()}
-
-    def save(self, output: Path, state: Progress, *, improved: bool) -> None:
-        """Write the best model if this is it, the history, and last the last checkpoint."""
-        if improved:
-            best = self.average.state if self.average else None
-            save_model(output / MODEL_FILE, self.bare, self.config, best, self.base)
-        write_history(output, state.history, self.config.train.log)
-        tensors = {f"model.{k}": v for k, v in self.state.items()}
-        if self.average:
-            tensors |= {f"average.{k}": v for k, v in self.average.state.items()}
-        tensors |= optimizer_tensors(self.optimizer)
-        if self.accelerator.scaler is not None:
-            scaler = self.accelerator.scaler.state_dict()
-            tensors |= {f"scaler.{k}": torch.as_tensor(v) for k, v in scaler.items()}
-        write_tensors(output / LAST_FILE, tensors, {"progress": asdict(state)})
-
-    @torch.no_grad()
-    def _put(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            self.state[name].copy_(tensor)
-
-
 def _record(state: Progress, row: dict[str, float], train: Train, *, last: bool) -> bool:
     """Add a row to the history, note an improvement, and say whether to stop early."""
     state.history.append(row)
@@ -509,32 +385,10 @@ def _waited(state: Progress) -> int:
     return sum(past["step"] > state.best_step for past in state.history)
 
 
-def class_weights(loss: Loss, counts: NDArray[np.int64]) -> NDArray[np.float64] | None:
-    """Weights of background and the K phenotypes in the cross-entropy, or None for all equal.
-
-    Parameters
-    ----------
-    loss : Loss
-    counts : ndarray of int64, shape (K + 1,)
-        Pixels of each class in the training images.
-
-    Returns
-    -------
-    ndarray of float64, shape (K + 1,) or None
-    """
-    if loss.class_weights == "none":
-        return None
-    return effective_class_weights(counts, rule=loss.class_weights)
-
-
 def _at_mpp(sample: Sample, mpp: float | None) -> Sample:
     if mpp is None or sample.mpp is None or abs(sample.mpp / mpp - 1) < SAME_MPP:
         return sample
     return resample(sample, mpp)
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _row_text(row: dict[str, float], train: Train) -> str:

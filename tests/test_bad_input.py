@@ -18,6 +18,7 @@ from PIL import Image as PillowImage
 from safetensors.torch import load_file, save_file
 
 import celltyper.atomic
+import celltyper.loop
 import celltyper.training
 from celltyper.checkpoints import read_tensors, write_tensors
 from celltyper.config import Config, dump_config
@@ -601,7 +602,7 @@ def test_disk_that_fills_up_during_infer(
 
 
 def stops_in_step(number: int, error: BaseException) -> Callable[..., Any]:
-    step, calls = celltyper.training.objective, {"n": 0}
+    step, calls = celltyper.loop.objective, {"n": 0}
 
     def objective(*args: Any, **named: Any) -> Any:
         calls["n"] += 1
@@ -618,7 +619,7 @@ def test_interrupted_training_says_how_to_go_on_and_a_full_disk_keeps_the_checkp
     resource = pytest.importorskip("resource")
     run = tmp_path / "my run"
     words = ("train", recipe, "-o", run, "--set", "seed=3")
-    monkeypatch.setattr(celltyper.training, "objective", stops_in_step(3, KeyboardInterrupt()))
+    monkeypatch.setattr(celltyper.loop, "objective", stops_in_step(3, KeyboardInterrupt()))
     code, said, err = celltyper_command(*words)
     monkeypatch.undo()
     assert (code, said) == (130, "")
@@ -662,10 +663,8 @@ def test_interrupted_before_anything_was_written(
 def test_loss_that_is_not_finite_is_a_failure(
     recipe: Path, tmp_path: Path, celltyper_command: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = celltyper.training.objective
-    monkeypatch.setattr(
-        celltyper.training, "objective", lambda *a, **k: step(*a, **k) * float("nan")
-    )
+    step = celltyper.loop.objective
+    monkeypatch.setattr(celltyper.loop, "objective", lambda *a, **k: step(*a, **k) * float("nan"))
     code, _, err = celltyper_command("train", recipe, "-o", tmp_path / "run")
     assert code == 1
     assert_one_line(err, "loss is nan at step 1; lower train.lr (now 0.0003)")

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-import celltyper.training as training
+from celltyper import loop
 from celltyper.checkpoints import load_model, read_tensors, trained_state, write_tensors
 from celltyper.config import Config, load_config
 from celltyper.decoders import build_decoder
@@ -52,7 +52,7 @@ def test_every_mode_resumes_exactly_and_loads(
     settings = ("train.steps=2", "train.validate_every=1", f"encoder.name={name}", *more)
     config = tiny(made_data, f"encoder.adapt={adapt}", *settings)
     whole = train(config, tmp_path / "whole", device="cpu", progress=False)
-    objective, calls = training.objective, []
+    objective, calls = loop.objective, []
 
     def dies_in_the_second_step(*args: object, **kwargs: object) -> object:
         calls.append(1)
@@ -60,10 +60,10 @@ def test_every_mode_resumes_exactly_and_loads(
             raise KilledError
         return objective(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "objective", dies_in_the_second_step)
+    monkeypatch.setattr(loop, "objective", dies_in_the_second_step)
     with pytest.raises(KilledError):
         train(config, tmp_path / "killed", device="cpu", progress=False)
-    monkeypatch.setattr(training, "objective", objective)
+    monkeypatch.setattr(loop, "objective", objective)
     killed = train(config, tmp_path / "killed", device="cpu", progress=False, resume=True)
     for file in ("model.safetensors", "last.safetensors"):
         ours, theirs = (read_tensors(run / file)[0] for run in (whole, killed))

@@ -16,6 +16,7 @@ LAYERS = [
     {"demo"},
     {"results"},
     {"training", "inference", "reporting", "exporting"},
+    {"loop"},
     {"evaluation", "predict", "objective", "targets", "runs"},
     {"checkpoints", "optim"},
     {"models", "features"},

@@ -1,13 +1,21 @@
-"""Every recipe trains one step with its own decoder, losses and augmentation."""
+"""Every recipe trains one step, and those of a published study hold its published values."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from celltyper.config import load_config, recipes
+from celltyper.config import Loss, load_config, recipes
+from celltyper.decoders import build_decoder
+from celltyper.errors import ConfigError
+from celltyper.loop import class_weights
+from celltyper.models import build_model
 from celltyper.training import train
 
 SMALL = (
@@ -19,6 +27,24 @@ SMALL = (
     "train.accumulate=1",
     "infer.tile=56",
     "infer.overlap=14",
+)
+
+FROZEN = ("pathocellbench-linear", "pathocellbench-unetr", "pathocellbench-dpt")
+STUDY = (*FROZEN, "pathocellbench-baseline")
+
+# The frozen encoders of PathoCellBench.
+ENCODERS = (
+    "uni",
+    "uni2-h",
+    "phikon-v2",
+    "virchow",
+    "virchow2",
+    "prov-gigapath",
+    "h-optimus-0",
+    "h-optimus-1",
+    "h0-mini",
+    "titan-v",
+    "musk",
 )
 
 
@@ -38,3 +64,91 @@ def test_example_config_trains_one_step(
     monkeypatch.syspath_prepend(file.parent)
     config = load_config(file, [f"data.root={made_data}", *SMALL])
     assert train(config, tmp_path / "run", device="cpu", progress=False).is_dir()
+
+
+def test_docs_list_every_recipe() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    assert [name for name in recipes() if f"| `{name}` |" not in text] == []
+
+
+@pytest.mark.parametrize("name", STUDY)
+def test_pathocellbench_optimises_as_published(name: str) -> None:
+    config = load_config(name)
+    assert config.data.tile == 224
+    assert config.data.balance == 1
+    settings = config.train
+    assert (settings.lr, settings.encoder_lr, settings.weight_decay) == (3e-5, None, 0.03)
+    assert (settings.batch_size * settings.accumulate, settings.clip) == (64, 2.0)
+    assert (settings.warmup, settings.validate_every, settings.metric) == (1000, 200, "macro_f1")
+    assert 10_000 <= settings.steps <= 20_000
+    moves = config.augment
+    assert (moves.dihedral, moves.rotate, moves.shift, moves.scale) == (True, 180, 0.1, 0.2)
+    assert (moves.hed_sigma, moves.hed_bias) == (0.025, 0.05)
+    assert (moves.color, moves.blur, moves.noise) == (0, 0, 0)
+    # Uniform noise of [-1, 1] has a deviation of 1 / sqrt(3); a Gaussian of sigma 32 divides it by
+    # 2 sqrt(pi) sigma, alpha 63 multiplies it.
+    displacement = 63 / math.sqrt(3) / (2 * math.sqrt(math.pi) * 32)
+    assert moves.elastic == pytest.approx(displacement, rel=0.1)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_pathocellbench_loss_is_cross_entropy(name: str) -> None:
+    loss = load_config(name).loss
+    assert (loss.cross_entropy, loss.label_smoothing, loss.dice, loss.focal) == (1, 0.05, 0, 0)
+
+
+def test_pathocellbench_baseline_loss_is_focal() -> None:
+    config = load_config("pathocellbench-baseline")
+    loss = config.loss
+    assert (loss.cross_entropy, loss.dice, loss.focal, loss.focal_gamma) == (0, 0, 1, 2)
+    assert config.encoder.adapt == "full"
+
+
+@pytest.mark.parametrize("name", STUDY)
+def test_pathocellbench_class_weights_are_corrected_and_the_published_an_option(name: str) -> None:
+    """Pixel counts of ratio 153, as between the classes of the study."""
+    counts = np.array([153_000, 15_300, 1_000])
+
+    def ratio(loss: Loss) -> float:
+        weights = class_weights(loss, counts)
+        assert weights is not None
+        return float(weights[2] / weights[0])
+
+    assert ratio(load_config(name).loss) == pytest.approx(153)
+    shares = 1 / counts / (1 / counts).sum()
+    published = ratio(load_config(name, ["loss.class_weights=published"]).loss)
+    assert published == pytest.approx(math.exp(shares[2] - shares[0]))
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("name", FROZEN)
+def test_pathocellbench_decoder_fits_every_encoder_of_the_study(name: str, encoder: str) -> None:
+    small = ("encoder.weights=twin", "decoder.options.width=8")
+    config = load_config(name, [f"encoder.name={encoder}", *small])
+    model = build_model(config, ("a", "b"), None)
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    with torch.inference_mode():
+        assert model.eval()(torch.rand(1, 3, 56, 56))["phenotype"].shape == (1, 3, 56, 56)
+
+
+def test_pathocellbench_unetr_has_the_published_channels() -> None:
+    decoder = load_config("pathocellbench-unetr").decoder
+    with torch.device("meta"):
+        built = build_decoder(decoder.name, [1536] * 4, 14, **decoder.options)
+    layers = [m for m in built.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    assert {layer.out_channels for layer in layers} == {64, 128, 256, 512}
+    assert built.out_channels == 64
+
+
+def test_pathocellbench_linear_probe_has_no_bottleneck() -> None:
+    """A width below the number of output maps would make a probe of less than full rank."""
+    config = load_config("pathocellbench-linear", ["encoder.weights=twin"])
+    model = build_model(config, [f"class{i}" for i in range(14)], None)
+    assert sum(spec.channels for spec in model.maps.values()) <= model.decoder.out_channels
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_pathocellbench_trains_on_kept_features_without_augmentation(name: str) -> None:
+    with pytest.raises(ConfigError, match="leave out augment"):
+        load_config(name, ["encoder.cache=8"])
+    assert load_config(name, ["encoder.cache=8", "augment={}"]).encoder.cache == 8

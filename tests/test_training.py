@@ -84,9 +84,9 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     config = tiny(made_data, *overrides)
     whole = train(config, tmp_path / "whole", device="cpu", progress=False)
 
-    import celltyper.training as training
+    from celltyper import loop
 
-    step = training.objective
+    step = loop.objective
     calls = {"n": 0}
 
     def dies_in_the_third_step(*args, **kwargs):  # type: ignore[no-untyped-def]
@@ -95,10 +95,10 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
             raise KilledError
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(training, "objective", dies_in_the_third_step)
+    monkeypatch.setattr(loop, "objective", dies_in_the_third_step)
     with pytest.raises(KilledError):
         train(config, tmp_path / "killed", device="cpu", progress=False)
-    monkeypatch.setattr(training, "objective", step)
+    monkeypatch.setattr(loop, "objective", step)
     torch.rand(7)
     killed = train(config, tmp_path / "killed", device="cpu", progress=False, resume=True)
     assert_same(weights(whole), weights(killed))
@@ -214,15 +214,15 @@ def test_damaged_or_missing_checkpoints_are_named(tmp_path: Path) -> None:
 def test_loss_that_explodes_stops_and_keeps_the_last_checkpoint(
     tiny: Tiny, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import celltyper.training as training
+    from celltyper import loop
 
-    step, calls = training.objective, {"n": 0}
+    step, calls = loop.objective, {"n": 0}
 
     def explodes(*args, **kwargs):  # type: ignore[no-untyped-def]
         calls["n"] += 1
         return step(*args, **kwargs) * (float("nan") if calls["n"] == 4 else 1.0)
 
-    monkeypatch.setattr(training, "objective", explodes)
+    monkeypatch.setattr(loop, "objective", explodes)
     run = tmp_path / "run"
     with pytest.raises(TrainingError, match=r"loss is nan at step 4; the last good .*last\.safe"):
         train(tiny(made_data), run, device="cpu", progress=False)

@@ -1,0 +1,168 @@
+"""What one training step needs, and what the checkpoint of a step holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from celltyper.checkpoints import MODEL_FILE, load_state, save_model, trained_state, write_tensors
+from celltyper.config import Config, Loss
+from celltyper.datasets import Dataset
+from celltyper.encoders.trainability import fingerprint
+from celltyper.evaluation import score_image, summarise
+from celltyper.features import FeatureCache
+from celltyper.losses import effective_class_weights
+from celltyper.models import CellTyper
+from celltyper.objective import objective
+from celltyper.optim import (
+    Average,
+    learning_rate_factor,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from celltyper.predict import predict_image
+from celltyper.runs import LAST_FILE, Progress, write_history
+from celltyper.targets import FEATURES
+
+
+class Loop:
+    """What one step needs, and what the checkpoint of a step holds."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: CellTyper,
+        accelerator: Accelerator,
+        weights: NDArray[np.float64] | None,
+        cache: FeatureCache | None = None,
+    ) -> None:
+        self.config = config
+        self.cache = cache
+        self.accelerator = accelerator
+        self.bare = model
+        self.base = fingerprint(model.encoder)
+        self.optimizer = make_optimizer(model, config)
+        self.rates = [float(g["lr"]) for g in self.optimizer.param_groups]
+        self.weights = (
+            None
+            if weights is None
+            else torch.as_tensor(weights, dtype=torch.float32).to(accelerator.device)
+        )
+        self.model, self.wrapped = accelerator.prepare(model, self.optimizer)
+        # Only now: preparing for several processes gives the parameters new storage.
+        self.state = trained_state(model)
+        self.average = Average(self.state, config.train.ema) if config.train.ema else None
+        self.lr = 0.0
+
+    def restore(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Put back weights, average and optimiser of a last checkpoint; empty does nothing."""
+        if not tensors:
+            return
+        load_state(self.bare, _part(tensors, "model."), where=where)
+        if self.average:
+            self.average.state = {
+                k: v.to(self.accelerator.device) for k, v in _part(tensors, "average.").items()
+            }
+        restore_optimizer(self.optimizer, tensors)
+        if self.accelerator.scaler is not None:
+            scaler = _part(tensors, "scaler.").items()
+            self.accelerator.scaler.load_state_dict({k: v.item() for k, v in scaler})
+
+    def step(self, batch: dict[str, Tensor], step: int) -> float:
+        """One forward and backward pass; the optimiser steps when enough are accumulated."""
+        train = self.config.train
+        factor = learning_rate_factor(step, train.warmup, train.steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.lr = train.lr * factor
+        self.model.train()
+        images = batch.pop("image")
+        kept = sorted(name for name in batch if name.startswith(FEATURES))
+        features = [batch.pop(name) for name in kept] or None
+        with self.accelerator.autocast():
+            raw = self.model(images, features)
+        loss = objective(raw, batch, self.bare.maps, self.config.loss, self.weights)
+        value = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
+        if math.isfinite(value):
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), train.clip)
+            self.wrapped.step()
+            self.wrapped.zero_grad()
+        return value
+
+    def after_step(self, step: int) -> None:
+        """Move the average, if there is one, towards the weights after this step."""
+        if self.average:
+            self.average.update(self.state, step)
+
+    def validate(self, data: Dataset) -> dict[str, float]:
+        """Scores on whole validation images, with the averaged weights if there are any."""
+        infer = self.config.infer
+        own = {name: t.detach().clone() for name, t in self.state.items()} if self.average else {}
+        self._put(self.average.state if self.average else {})
+        scores = []
+        for sample in data:
+            prediction = predict_image(
+                self.bare,
+                sample.image,
+                sample.mpp or data.mpp or self.bare.mpp,
+                batch_size=infer.batch_size,
+                precision=self.config.train.precision,
+                name=sample.name,
+                features=self.cache,
+            )
+            scores.append(score_image(prediction, sample))
+        self._put(own)
+        return {s: e.value for s, e in summarise(scores, data.classes, resamples=0).scores.items()}
+
+    def save(self, output: Path, state: Progress, *, improved: bool) -> None:
+        """Write the best model if this is it, the history, and last the last checkpoint."""
+        if improved:
+            best = self.average.state if self.average else None
+            save_model(output / MODEL_FILE, self.bare, self.config, best, self.base)
+        write_history(output, state.history, self.config.train.log)
+        tensors = {f"model.{k}": v for k, v in self.state.items()}
+        if self.average:
+            tensors |= {f"average.{k}": v for k, v in self.average.state.items()}
+        tensors |= optimizer_tensors(self.optimizer)
+        if self.accelerator.scaler is not None:
+            scaler = self.accelerator.scaler.state_dict()
+            tensors |= {f"scaler.{k}": torch.as_tensor(v) for k, v in scaler.items()}
+        write_tensors(output / LAST_FILE, tensors, {"progress": asdict(state)})
+
+    @torch.no_grad()
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.state[name].copy_(tensor)
+
+
+def class_weights(loss: Loss, counts: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """Weights of background and the K phenotypes in the cross-entropy, or None for all equal.
+
+    Parameters
+    ----------
+    loss : Loss
+    counts : ndarray of int64, shape (K + 1,)
+        Pixels of each class in the training images.
+
+    Returns
+    -------
+    ndarray of float64, shape (K + 1,) or None
+    """
+    if loss.class_weights == "none":
+        return None
+    return effective_class_weights(counts, rule=loss.class_weights)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
