@@ -95,7 +95,7 @@ class Sample:
 
 
 MapActivation = Literal["sigmoid", "tanh", "relu", "identity", "softmax"]
-MapLoss = Literal["bce_dice", "mse", "hv", "smooth_l1"]
+MapLoss = Literal["bce_dice", "mse", "hv", "smooth_l1", "smooth_l1_inside"]
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ class MapSpec:
         Number of channels, at least 1.
     activation : {"sigmoid", "tanh", "relu", "identity", "softmax"}
         Applied to the raw output before decoding. Losses see the raw output.
-    loss : {"bce_dice", "mse", "hv", "smooth_l1"}
+    loss : {"bce_dice", "mse", "hv", "smooth_l1", "smooth_l1_inside"}
         Loss against the encoded target; ``hv`` is MSE plus MSE of gradients inside nuclei
-        (HoVer-Net, doi:10.1016/j.media.2019.101563).
+        (HoVer-Net, doi:10.1016/j.media.2019.101563), ``smooth_l1_inside`` counts nuclei only.
     """
 
     channels: int

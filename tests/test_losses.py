@@ -145,6 +145,22 @@ def test_regressions_by_hand() -> None:
     assert losses.smooth_l1(pred, target).item() == pytest.approx((0.5 * 0.25 + 2.5) / 2)
 
 
+def test_smooth_l1_inside_by_hand() -> None:
+    # Errors 2 and .05 inside, 9 outside, in both channels the other way round.
+    pred = torch.tensor([[[[2.0, 0.05, 9.0]], [[0.05, 2.0, 9.0]]]], requires_grad=True)
+    mask = torch.tensor([[[[True, True, False]]]])
+    loss = losses.smooth_l1_inside(pred, torch.zeros_like(pred), mask)
+    # Beta .1: 2 - .1 / 2 where linear, .05 ** 2 / (2 * .1) where squared.
+    assert loss.item() == pytest.approx((1.95 + 0.0125) / 2)
+    loss.backward()
+    assert pred.grad is not None
+    assert not pred.grad[..., 2].any()
+    first = torch.tensor([[[[True, False, True]]]])
+    loss = losses.map_loss("smooth_l1_inside")(pred, torch.zeros_like(pred), mask, first)
+    assert loss.item() == pytest.approx((1.95 + 0.0125) / 2)
+    assert losses.smooth_l1_inside(pred, 0 * pred, mask & ~mask).item() == 0
+
+
 def test_hv_against_scipy() -> None:
     rng = np.random.default_rng(0)
     pred, target = rng.standard_normal((2, 1, 2, 9, 11)).astype(np.float32)
@@ -186,7 +202,8 @@ def test_every_map_loss_is_found_and_has_a_gradient(name: MapLoss) -> None:
     loss.backward()
     assert torch.isfinite(pred.grad).all()
     assert pred.grad.abs().sum() > 0
-    direct = losses.hv(pred, target, mask) if name == "hv" else getattr(losses, name)(pred, target)
+    masked = (mask,) if name in {"hv", "smooth_l1_inside"} else ()
+    direct = getattr(losses, name)(pred, target, *masked)
     assert torch.equal(loss, direct)
 
 

@@ -31,6 +31,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 CLASSES = 4
 KINDS = ("easy", "noisy", "real")
+PROBABILITIES = ("nucleus", "boundary")
 
 
 def synthetic(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,18 +106,22 @@ def as_predicted(
     if kind == "easy":
         return {**maps, "type": classes}
     blur, spread = (1.0, 0.2) if kind == "noisy" else (1.5, 0.15)
-    name = next(k for k in maps if k != "nucleus")
     inside = maps["nucleus"]
-    values = gaussian_filter(maps[name], (0, blur, blur))
-    # Outside of nuclei networks are not trained on coordinates: more noise there.
-    values += noise(values.shape, 1.5, rng) * (spread + 0.1 * (1 - inside))
-    logits = 12 * (gaussian_filter(inside, (0, blur, blur)) - 0.5)
-    logits += 1.5 * noise(logits.shape, 2, rng)
+    predicted = {}
+    # Coordinates first, whose noise is then the same whatever else a method has.
+    for name in sorted(maps, key=lambda k: k in PROBABILITIES):
+        values = gaussian_filter(maps[name], (0, blur, blur))
+        if name in PROBABILITIES:
+            logits = 12 * (values - 0.5) + 1.5 * noise(values.shape, 2, rng)
+            values = 1 / (1 + np.exp(-logits))
+        else:
+            # Outside of nuclei networks are not trained on coordinates: more noise there.
+            values += noise(values.shape, 1.5, rng) * (spread + 0.1 * (1 - inside))
+        predicted[name] = values.astype(np.float32)
     scores = 6 * gaussian_filter(classes, (0, 2, 2)) + 1.5 * noise(classes.shape, 4, rng)
     scores = np.exp(scores - scores.max(0))
     return {
-        "nucleus": (1 / (1 + np.exp(-logits))).astype(np.float32),
-        name: values.astype(np.float32),
+        **predicted,
         "type": (scores / scores.sum(0)).astype(np.float32),
     }
 

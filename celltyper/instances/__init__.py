@@ -7,13 +7,18 @@ from importlib import import_module
 from typing import Any
 
 from celltyper.errors import ConfigError, unknown_name
+from celltyper.instances.centers import Centers
 from celltyper.instances.distance import Distance
 from celltyper.instances.hv import HV
 from celltyper.types import InstanceMethod
 
-__all__ = ["HV", "METHODS", "Distance", "build_instances"]
+__all__ = ["HV", "METHODS", "Centers", "Distance", "build_instances"]
 
-METHODS: dict[str, type[InstanceMethod]] = {"hv": HV, "distance": Distance}
+METHODS: dict[str, type[InstanceMethod]] = {
+    "hv": HV,
+    "distance": Distance,
+    "centers": Centers,
+}
 """Instance methods by name; a new one is one file and one line here."""
 
 

@@ -57,7 +57,7 @@ def flood(
         Labels 1..n in the raster order of their first pixels; each is 4-connected.
     """
     labels: Labels = _flood(mask, energy, guide, depth, min_core, min_area)
-    _fill_holes(labels, max_hole)
+    fill_holes(labels, max_hole)
     return labels
 
 
@@ -211,7 +211,16 @@ def _flood(mask, energy, guide, depth, min_core, min_area):  # type: ignore[no-u
 
 
 @njit(cache=True, nogil=True)
-def _fill_holes(labels, max_hole):  # type: ignore[no-untyped-def]
+def fill_holes(labels, max_hole):  # type: ignore[no-untyped-def]
+    """Fill holes inside one label, in place.
+
+    Parameters
+    ----------
+    labels : ndarray of int32, shape (H, W)
+        Labels, 4-connected each.
+    max_hole : int
+        Holes of at most so many pixels are filled, see `flood`.
+    """
     height, width = labels.shape
     flat = labels.reshape(-1)
     stack = np.empty(max_hole + 1, np.int64)
