@@ -397,7 +397,7 @@ def test_data_that_are_not_there(
         ("decoder.name=unter", "unknown decoder 'unter'; did you mean 'unetr'?"),
         ("decoder.name=no_such_package:Decoder", "no_such_package"),
         ("decoder.options={widht: 8}", "unknown option of decoder 'linear' 'widht'"),
-        ("instances.method=hw", "unknown instance method 'hw' (known: distance, hv)"),
+        ("instances.method=hw", "unknown instance method 'hw' (known: centers, distance, hv)"),
         ("instances.options={treshold: 1}", "did you mean 'threshold'?"),
         ("loss.class_weights=efective", "loss.class_weights: input should be 'none'"),
         ("train.metric=f2", "train.metric 'f2' is unknown: macro_f1"),
