@@ -60,7 +60,7 @@ def make_report(
         interval=f"95 % interval, bootstrap over {summary.clusters}",
         per_class=_class_table(summary),
         confusion=summary.pairs,
-        confusion_rule=f"cells and annotated nuclei paired by centroid within {summary.radius}",
+        confusion_rule=f"Cells and annotated nuclei paired by centroid within {summary.radius}.",
         reliability=_reliability(confidence, truth, summary.calibration_error),
         history=_history(run / HISTORY_FILE) if run else {},
         images=[_report_image(dataset[i.name], by_name[i.name], i) for i in worst],
