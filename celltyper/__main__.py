@@ -315,8 +315,9 @@ def show(name: str) -> None:
 @encoders.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.option("--to", type=PATH, help="Folder to fill.  [default: the cache of the hub]")
+@click.option("--revision", help="Commit or branch.  [default: as the card pins]")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")
-def fetch(names: tuple[str, ...], to: Path | None, quiet: bool) -> None:
+def fetch(names: tuple[str, ...], to: Path | None, revision: str | None, quiet: bool) -> None:
     """Download weights, to work without network later.
 
     \b
@@ -328,6 +329,8 @@ def fetch(names: tuple[str, ...], to: Path | None, quiet: bool) -> None:
     from celltyper.encoders.hub import fetch_weights
 
     cards = [find_card(name) for name in dict.fromkeys(names)]
+    if revision:
+        cards = [card.model_copy(update={"revision": revision}) for card in cards]
     failed = []
     for card in cards:
         try:

@@ -358,7 +358,7 @@ def test_every_published_name_is_found(hub: FakeHub, name: str) -> None:
         ((403, "GatedRepo"), "gated: accept the terms on huggingface.co/MahmoodLab/UNI, run 'hf"),
         ((401, "GatedRepo"), "gated: accept the terms on huggingface.co/MahmoodLab/UNI, run 'hf"),
         ((401, "RepoNotFound"), "has no MahmoodLab/UNI (revision main), or not for you"),
-        ((404, "RevisionNotFound"), "has no MahmoodLab/UNI (revision main), or not for you"),
+        ((404, "RevisionNotFound"), "has no MahmoodLab/UNI (revision main): take the newest with"),
         ((401, None), "did not accept your token for MahmoodLab/UNI (revision main) (401)"),
         ((403, None), "did not accept your token for MahmoodLab/UNI (revision main) (403)"),
         ((404, None), "has none of model.safetensors, pytorch_model.bin, open_clip_model.saf"),
@@ -389,7 +389,9 @@ def test_refusals_say_what_to_do(
 
 def test_unknown_revision(hub: FakeHub) -> None:
     hub.files["MahmoodLab/UNI"] = {"pytorch_model.bin": b"new"}
-    with pytest.raises(CheckpointError, match=r"has no MahmoodLab/UNI \(revision v9\)"):
+    with pytest.raises(
+        CheckpointError, match=r"has no MahmoodLab/UNI \(revision v9\).*encoder.revision=main"
+    ):
         find_weights(UNI, revision="v9")
 
 
@@ -554,6 +556,9 @@ def test_fetch_command_goes_on_past_a_failure(tmp_path: Path) -> None:
             f"virchow2: fetched, 0.0 MB, commit {load_card('virchow2').revision}, CC-BY-NC-ND-4.0, "
             f"{folder / 'virchow2.safetensors'}\n"
         )
+        words = ("encoders", "fetch", "virchow2", "--revision", "main")
+        done = run_command(*words, endpoint=f"http://{hub.address}", home=tmp_path / "home")
+        assert f"commit {COMMIT}" in done.stdout
         asked = len(hub.asked)
         words = ("encoders", "fetch", "unni", "virchow2")
         done = run_command(*words, endpoint=f"http://{hub.address}", home=tmp_path / "home")

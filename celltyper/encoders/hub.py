@@ -369,7 +369,11 @@ def _explained(error: Exception, wanted: _Wanted, filename: str, *, asked: bool)
     otherwise = wanted.otherwise
     if isinstance(error, GatedRepoError):
         reason = f"{where} is gated: accept the terms on {wanted.page}, run 'hf auth login'"
-    elif isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | HFValidationError):
+    elif isinstance(error, RevisionNotFoundError):
+        reason = (
+            f"{hub} has no {where}: take the newest with encoder.revision=main (--revision main)"
+        )
+    elif isinstance(error, RepositoryNotFoundError | HFValidationError):
         reason = f"{hub} has no {where}, or not for you: check the name, run 'hf auth login'"
     elif isinstance(error, OfflineModeIsEnabled):
         reason = (
