@@ -26,24 +26,7 @@ class Data(Section):
     """
 
     root: Path | None = None
-    reader: Literal[
-        "auto",
-        "store",
-        "folder",
-        "masks",
-        "lizard",
-        "conic",
-        "consep",
-        "pannuke",
-        "pathocell",
-        "arctique",
-        "monuseg",
-        "monusac",
-        "dsb2018",
-        "nuinsseg",
-        "qupath",
-        "points",
-    ] = "auto"
+    reader: str = "auto"
     taxonomy: Path | None = None
     train: str = "train"
     val: str = "val"

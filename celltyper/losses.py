@@ -23,6 +23,9 @@ WeightRule = Literal["inverse", "effective", "published", "none"]
 IGNORED = -1
 """Class of target pixels that do not count."""
 
+UNANNOTATED = "unannotated"
+"""Target that says which classes an annotation does not cover."""
+
 MapLossFunction = Callable[..., Tensor]
 
 

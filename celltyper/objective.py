@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celltyper.config import Loss
-from celltyper.losses import IGNORED, cross_entropy, dice, focal, map_loss
+from celltyper.losses import IGNORED, UNANNOTATED, cross_entropy, dice, focal, map_loss
 from celltyper.models import PHENOTYPE
 from celltyper.types import MapSpec
 
@@ -45,7 +45,7 @@ def objective(
     """
     logits, phenotype = raw[PHENOTYPE], targets[PHENOTYPE]
     total = logits.new_zeros(())
-    closed, valid, lacking = phenotype, None, targets.get("unannotated")
+    closed, valid, lacking = phenotype, None, targets.get(UNANNOTATED)
     if lacking is not None and bool(lacking.any()):
         lacking = F.pad(lacking, (0, logits.shape[1] - lacking.shape[1]))
         valid = ~(lacking.any(1)[:, None, None] & (phenotype == 0))

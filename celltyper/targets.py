@@ -13,14 +13,11 @@ from celltyper.config import Config
 from celltyper.datasets.tiles import TileSampler
 from celltyper.errors import ConfigError
 from celltyper.features import Canvas
-from celltyper.losses import IGNORED
+from celltyper.losses import IGNORED, UNANNOTATED
 from celltyper.models import PHENOTYPE
 from celltyper.tiling import Region
 from celltyper.transforms import augment, symmetry
 from celltyper.types import UNKNOWN, Image, InstanceMethod, Labels, Sample
-
-UNANNOTATED = "unannotated"
-"""Target that says which classes an annotation does not cover."""
 
 FEATURES = "features."
 """Prefix of the encoder's maps where they are known."""
