@@ -38,7 +38,9 @@ _PUBLIC = {
     "load_model": "checkpoints",
     "open_dataset": "readers",
     "predict_image": "predict",
+    "protocol_table": "protocols",
     "read_image": "datasets",
+    "run_protocol": "protocols",
     "train": "training",
 }
 
@@ -54,7 +56,9 @@ __all__ = [
     "load_model",
     "open_dataset",
     "predict_image",
+    "protocol_table",
     "read_image",
+    "run_protocol",
     "testing",
     "train",
 ]

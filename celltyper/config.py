@@ -21,6 +21,10 @@ class Section(BaseModel):
 class Data(Section):
     """Where the annotated images are and how training tiles are drawn from them.
 
+    ``split`` is a file that lists the images of ``train``, ``val`` and other parts by name;
+    without ``val`` in it, or with ``val_fraction`` 0, all training images train, nothing is
+    validated, and the last model is the result.
+
     ``mpp`` is the resolution the model works at: images of another one are rescaled, images of
     unknown resolution are taken to have it. By default it is that of the training images.
     """
@@ -30,7 +34,8 @@ class Data(Section):
     taxonomy: Path | None = None
     train: str = "train"
     val: str = "val"
-    val_fraction: float = Field(0.2, gt=0.0, lt=1.0)
+    split: Path | None = None
+    val_fraction: float = Field(0.2, ge=0.0, lt=1.0)
     mpp: float | None = Field(None, gt=0.0)
     tile: int = Field(256, ge=32, le=2048)
     balance: float = Field(0.5, ge=0.0, le=1.0)
@@ -59,8 +64,9 @@ class Encoder(Section):
     at; images are scaled to it inside the model. By default they are taken as they are: scaled
     down to most cards' 0.5, a nucleus of 0.25 micrometres per pixel would be one patch.
 
-    ``cache`` is the number of symmetries of the square under which the features of a frozen
-    encoder are computed once and kept on disk; training then augments by them alone.
+    ``cache`` is the number of views of every image whose features a frozen encoder computes once
+    and keeps on disk: the image itself and augmented versions of it. 0 keeps none: every tile is
+    augmented anew, and the encoder runs in every step.
     """
 
     name: str = "vit_small_patch14_dinov2"
@@ -72,7 +78,7 @@ class Encoder(Section):
     last_n: int = Field(4, ge=1)
     layer_decay: float = Field(1.0, gt=0.0, le=1.0)
     checkpointing: bool = False
-    cache: Literal[0, 1, 2, 4, 8] = 0
+    cache: int = Field(0, ge=0, le=64)
     cache_gb: float = Field(20.0, gt=0.0)
     options: dict[str, Any] = {}
 
@@ -98,9 +104,13 @@ class Encoder(Section):
 
 
 class Decoder(Section):
-    """Which decoder; ``options`` go to its constructor."""
+    """Which decoder; ``options`` go to its constructor.
+
+    ``branches`` says whether phenotype and instance maps share it or have one each.
+    """
 
     name: str = "dpt"
+    branches: Literal["shared", "separate"] = "shared"
     options: dict[str, Any] = {}
 
 
@@ -152,6 +162,7 @@ class Train(Section):
     ema: float = Field(0.0, ge=0.0, lt=1.0)
     accumulate: int = Field(1, ge=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
     validate_every: int = Field(200, ge=1)
     patience: int | None = Field(None, ge=1)
     metric: str = "macro_f1"
@@ -181,11 +192,11 @@ class Config(Section):
     infer: Infer = Infer()
 
     @model_validator(mode="after")
-    def _kept_features_are_not_augmented(self) -> Config:
-        if self.encoder.cache and self.augment != Augment():
+    def _augmentation_has_an_effect(self) -> Config:
+        if self.encoder.cache == 1 and self.augment != Augment():
             raise ValueError(
-                "augment has no effect with encoder.cache, which keeps features of the symmetries "
-                "alone: leave out augment, or use encoder.cache=0"
+                "augment has no effect with encoder.cache=1, which keeps the features of the "
+                "images as they are: leave it out, or keep more views"
             )
         return self
 
@@ -292,7 +303,7 @@ def parse_config(
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_first_problem(error)}") from error
+        raise ConfigError(f"{where}: {first_problem(error, Config)}") from error
 
 
 def dump_config(config: Config) -> str:
@@ -319,14 +330,26 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+    """First problem of a validation in one line, naming the key.
+
+    Parameters
+    ----------
+    error : ValidationError
+    model : type of BaseModel
+        What was validated; an unknown key lists those of its section.
+
+    Returns
+    -------
+    str
+    """
     first = error.errors()[0]
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ")
     # pydantic names the kinds that a value may be of as if they were keys
     key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
     if first["type"] == "extra_forbidden":
-        section: Any = Config
+        section: Any = model
         for part in first["loc"][:-1]:
             section = section.model_fields[str(part)].annotation
         problem = unknown_name("key", str(first["loc"][-1]), section.model_fields)

@@ -1,8 +1,8 @@
-"""Feature maps of a frozen encoder, computed once per image and symmetry and kept on disk.
+"""Feature maps of a frozen encoder, computed once per image and kept on disk.
 
 A frozen encoder gives the same features of the same pixels in every epoch. Training a decoder on
-kept features never runs the encoder again; what it gives up is every augmentation but the eight
-symmetries of the square, each of which is computed of its own.
+kept features never runs the encoder again; what it gives up is a fresh augmentation for every
+tile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from celltyper.atomic import atomic_path, make_folder
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import ConfigError
 from celltyper.tiling import Region, read_padded, tile_grid
-from celltyper.transforms import symmetry
 from celltyper.types import Image
 
 _FORMAT = 1
@@ -149,32 +148,27 @@ class FeatureCache:
         """Bytes that the features of images (height, width) take."""
         return 2 * sum(math.prod(s) for shape in shapes for s in self._shapes(shape))
 
-    def canvas(self, image: Image, which: int = 0) -> Canvas:
-        """Features of an image under a symmetry, from disk or computed now.
+    def canvas(self, image: Image) -> Canvas:
+        """Features of an image, from disk or computed now.
 
         Parameters
         ----------
         image : ndarray of uint8, shape (H, W, 3)
             RGB at the resolution of the model.
-        which : int
-            Symmetry 0 to 7, see `celltyper.transforms.symmetry`.
 
         Returns
         -------
         Canvas
-            Of the image after the symmetry.
         """
-        turned = symmetry(image, np.empty(image.shape[:2], np.int32), which)[0]
-        turned = np.ascontiguousarray(turned)
-        path = self._path(turned)
-        shapes = tuple(self._shapes(turned.shape[:2]))
+        path = self._path(image)
+        shapes = tuple(self._shapes(image.shape[:2]))
         canvas = Canvas(path, shapes, self.strides, self.overlap // 2)
         try:
             # mapped now: another process may delete the file, but not what is mapped
             _ = canvas.maps
             os.utime(path)
         except (OSError, ValueError):
-            self._fill(path, turned)
+            self._fill(path, image)
             _ = canvas.maps
         return canvas
 

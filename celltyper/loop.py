@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celltyper.checkpoints import MODEL_FILE, load_state, save_model, trained_state, write_tensors
-from celltyper.config import Config, Loss
+from celltyper.config import Config, Loss, one_line
 from celltyper.datasets import Dataset
 from celltyper.encoders.trainability import fingerprint
+from celltyper.errors import ConfigError
 from celltyper.evaluation import score_image, summarise
 from celltyper.features import FeatureCache
 from celltyper.losses import effective_class_weights
@@ -58,6 +59,11 @@ class Loop:
             else torch.as_tensor(weights, dtype=torch.float32).to(accelerator.device)
         )
         self.model, self.wrapped = accelerator.prepare(model, self.optimizer)
+        if config.train.compile:
+            # torch stops compiling, without an error, after eight models of one process
+            torch.compiler.reset()
+            # around the model, so that its weights keep their names and validation runs it bare
+            self.model = torch.compile(self.model)
         # Only now: preparing for several processes gives the parameters new storage.
         self.state = trained_state(model)
         self.average = Average(self.state, config.train.ema) if config.train.ema else None
@@ -144,6 +150,29 @@ class Loop:
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self.state[name].copy_(tensor)
+
+
+def check_compile(device: torch.device) -> None:
+    """Refuse ``train.compile`` where torch cannot compile, by compiling the smallest training step.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Raises
+    ------
+    ConfigError
+        With torch's reason: no compiler, or a platform or Python that it does not support.
+    """
+    x = torch.ones(8, device=device, requires_grad=True)
+    try:
+        torch.compile(lambda x: x.sin().sum())(x).backward()
+    # What is missing decides what is raised: of dynamo, inductor, Triton, or the system.
+    except Exception as error:
+        reason = one_line(error).partition(" Set TORCHDYNAMO_VERBOSE")[0]
+        raise ConfigError(
+            f"train.compile does not work on {device.type} here ({reason}); use train.compile=false"
+        ) from error
 
 
 def class_weights(loss: Loss, counts: NDArray[np.int64]) -> NDArray[np.float64] | None:

@@ -1,4 +1,4 @@
-"""The model: an encoder, a decoder shared by all maps, and one 1x1 head per map."""
+"""The model: an encoder, one decoder for all maps or two, and one 1x1 head per map."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ class CellTyper(nn.Module):
         Names of the K phenotypes, without background.
     instances : str or InstanceMethod
         How maps become cells.
+    instance_decoder : str, type, nn.Module or None
+        A decoder of their own for the instance maps, on the same features of the encoder, as in
+        HoVer-Net (doi:10.1016/j.media.2019.101563) and HoVer-NeXt (Baumann 2024, MIDL, PMLR 250);
+        `decoder` then gives the phenotype map alone. By default all maps share `decoder`.
     mpp : float or None
         Micrometres per pixel the model works at; images of another resolution are rescaled to
         it. None if the training data's resolution is unknown: images are then taken as they are.
@@ -61,6 +65,7 @@ class CellTyper(nn.Module):
         classes: Sequence[str] = ("nucleus",),
         instances: str | InstanceMethod = "hv",
         *,
+        instance_decoder: str | type[nn.Module] | nn.Module | None = None,
         mpp: float | None = None,
         colors: Sequence[str] = (),
         tile: int = 256,
@@ -72,14 +77,15 @@ class CellTyper(nn.Module):
             raise ConfigError(f"classes must be distinct names, at least one, got {list(classes)}")
         if "background" in classes:
             raise ConfigError("a phenotype cannot be called 'background': that is class 0")
-        if isinstance(decoder, str):
-            decoder = build_decoder(decoder, *_grid_of(encoder))
-        elif isinstance(decoder, type):
-            channels, patch_size, strides = _grid_of(encoder)
-            where = stride_option(decoder.__name__, decoder, patch_size, strides)
-            decoder = decoder(channels, patch_size, **where)
+        if isinstance(decoder, nn.Module) and instance_decoder is decoder:
+            raise ConfigError(
+                "instance_decoder is the decoder itself: leave it out, or give it a copy"
+            )
         self.encoder = encoder
-        self.decoder = decoder
+        self.decoder = _decoder_on(encoder, decoder)
+        self.instance_decoder = (
+            None if instance_decoder is None else _decoder_on(encoder, instance_decoder)
+        )
         self.classes = tuple(classes)
         self.instances = build_instances(instances) if isinstance(instances, str) else instances
         self.mpp = mpp
@@ -89,9 +95,15 @@ class CellTyper(nn.Module):
         self.batch_size = batch_size
         phenotype = MapSpec(len(self.classes) + 1, "softmax", "bce_dice")
         self.maps: dict[str, MapSpec] = {PHENOTYPE: phenotype, **self.instances.maps}
-        width = int(decoder.out_channels)  # type: ignore[arg-type]
+        first = int(self.decoder.out_channels)  # type: ignore[arg-type]
+        second = first
+        if self.instance_decoder is not None:
+            second = int(self.instance_decoder.out_channels)  # type: ignore[arg-type]
         self.heads = nn.ModuleDict(
-            {name: nn.Conv2d(width, spec.channels, 1) for name, spec in self.maps.items()}
+            {
+                name: nn.Conv2d(first if name == PHENOTYPE else second, spec.channels, 1)
+                for name, spec in self.maps.items()
+            }
         )
 
     def forward(
@@ -110,8 +122,14 @@ class CellTyper(nn.Module):
         -------
         dict of str to Tensor, each (B, C, H, W) float32
         """
-        shared = self.decoder(self.encoder(images) if features is None else features, images)
-        return {name: head(shared).float() for name, head in self.heads.items()}
+        features = self.encoder(images) if features is None else features
+        first = second = self.decoder(features, images)
+        if self.instance_decoder is not None:
+            second = self.instance_decoder(features, images)
+        return {
+            name: head(first if name == PHENOTYPE else second).float()
+            for name, head in self.heads.items()
+        }
 
     def activate(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn raw maps into what `instances` decodes: softmax, sigmoid, as its `maps` say."""
@@ -121,6 +139,17 @@ class CellTyper(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters live."""
         return next(self.parameters()).device
+
+
+def _decoder_on(encoder: nn.Module, decoder: str | type[nn.Module] | nn.Module) -> nn.Module:
+    """Build a decoder for an encoder, unless it is built already."""
+    if isinstance(decoder, str):
+        return build_decoder(decoder, *_grid_of(encoder))
+    if isinstance(decoder, type):
+        channels, patch_size, strides = _grid_of(encoder)
+        where = stride_option(decoder.__name__, decoder, patch_size, strides)
+        return decoder(channels, patch_size, **where)
+    return decoder
 
 
 def _grid_of(encoder: nn.Module) -> tuple[list[int], int, list[int] | None]:
@@ -210,12 +239,17 @@ def build_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        decoder = build_decoder(config.decoder.name, *_grid_of(encoder), **config.decoder.options)
+        grid, settings = _grid_of(encoder), config.decoder
+        decoder, *more = (
+            build_decoder(settings.name, *grid, **settings.options)
+            for _ in range(1 if settings.branches == "shared" else 2)
+        )
         return CellTyper(
             encoder,
             decoder,
             classes,
             build_instances(config.instances.method, **config.instances.options),
+            instance_decoder=more[0] if more else None,
             mpp=mpp,
             colors=colors,
             tile=config.infer.tile or config.data.tile,

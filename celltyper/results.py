@@ -23,7 +23,7 @@ from celltyper.evaluation import Estimate, Summary, evaluate, score_image, summa
 from celltyper.inference import INDEX_FILE, read_index, read_predictions
 from celltyper.labels import label_ids, mean_in_labels
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
-from celltyper.readers import open_dataset
+from celltyper.readers import open_dataset, open_parts
 from celltyper.report.html import write_report
 from celltyper.reporting import image_scores, make_report, notice_of, read_json
 from celltyper.runs import RUN_FILE
@@ -306,7 +306,7 @@ def _open(data: str | Path, split: str | None, facts: Mapping[str, Any], **readi
         return open_dataset(data, **reading)
     part = facts.get("data", {}).get(split)
     if part and Path(part["path"]) == Path(data).absolute():
-        return open_dataset(data, **reading).subset(part["names"], f"{split} part of {data}")
+        return open_parts(data, **reading)[0].subset(part["names"], f"{split} part of {data}")
     return open_dataset(data, split, **reading)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_text
@@ -26,6 +27,8 @@ CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.csv"
 LAST_FILE = "last.safetensors"
 RUN_FILE = "run.json"
+SPLIT_FILE = "split.json"
+"""Names of a run's images by part, where a protocol divided them."""
 
 
 @dataclass
@@ -69,7 +72,7 @@ def check_output(output: Path, config: Config, *, resume: bool, overwrite: bool)
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file; give a folder for the run")
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or not any(_is_content(path) for path in output.iterdir()):
         return
     if not (output / CONFIG_FILE).is_file():
         raise ConfigError(f"{output} holds other files; give an empty or new folder")
@@ -83,7 +86,7 @@ def check_output(output: Path, config: Config, *, resume: bool, overwrite: bool)
     old = load_config(output / CONFIG_FILE)
     if old != config:
         raise ConfigError(
-            f"{output} was started with another config ({_difference(old, config)}); "
+            f"{output} was started with another config ({difference(old, config)}); "
             "resume with the same one, or give another folder"
         )
 
@@ -176,12 +179,18 @@ def cells_per_class(data: Dataset) -> dict[str, int]:
     return dict(zip(data.classes, total[1:].tolist(), strict=True))
 
 
-def _difference(old: Config, new: Config) -> str:
+def difference(old: BaseModel, new: BaseModel) -> str:
+    """First three values that differ, ``key: old then, new now``."""
     before, now = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     changed = [
         f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in now.items() if before.get(k) != v
     ]
     return "; ".join(changed[:3])
+
+
+def _is_content(path: Path) -> bool:
+    """Say whether a file was put there by anyone but a protocol or a killed write."""
+    return path.name != SPLIT_FILE and not path.match(".*.tmp.*")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celltyper.config import Config
+from celltyper.config import Augment, Config
 from celltyper.datasets.tiles import TileSampler
 from celltyper.errors import ConfigError
 from celltyper.features import Canvas
 from celltyper.losses import IGNORED, UNANNOTATED
 from celltyper.models import PHENOTYPE
 from celltyper.tiling import Region
-from celltyper.transforms import augment, symmetry
+from celltyper.transforms import augment
 from celltyper.types import UNKNOWN, Image, InstanceMethod, Labels, Sample
 
 FEATURES = "features."
@@ -89,19 +91,44 @@ class TrainingTiles(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self.targets(*tile, self.sampler.samples[self.sampler.place(index).sample])
 
 
+def view(sample: Sample, which: int, strengths: Augment) -> Sample:
+    """One of the augmented versions of a whole image.
+
+    Parameters
+    ----------
+    sample : Sample
+    which : int
+        0 is the image itself, every other number another draw.
+    strengths : Augment
+
+    Returns
+    -------
+    Sample
+        A function of the pixels, the number and the strengths alone: neither of a seed nor of the
+        other images, so that all folds and seeds of a study share the features.
+    """
+    if which == 0:
+        return sample
+    words = np.frombuffer(hashlib.sha256(sample.image.tobytes()).digest(), np.uint32)
+    rng = np.random.default_rng([*words.tolist(), which])
+    tile = augment(sample.image, sample.labels, sample.phenotypes, rng, **strengths.model_dump())
+    # the last nuclei may be out of view
+    phenotypes = tile.phenotypes[: int(tile.labels.max(initial=0)) + 1]
+    return replace(sample, image=tile.image, labels=tile.labels, phenotypes=phenotypes)
+
+
 class KeptTiles(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Tiles with the features of a frozen encoder that are kept on disk.
 
-    Item i is a pure function of the seed and i: a tile at a place of the patch grid, under one
-    of the symmetries whose features are kept.
+    Item i is a pure function of the seed and i: a tile at a place of the patch grid.
 
     Parameters
     ----------
     sampler : TileSampler
-        Of a size that the encoder's patches divide.
+        Of views, and of a size that the encoder's patches divide.
     targets : Targets
-    canvases : mapping of (int, int) to Canvas
-        Features by position of the sample and symmetry.
+    canvases : sequence of Canvas
+        Features of the sampler's views.
     patch : int
         Side of a patch in pixels.
 
@@ -112,17 +139,12 @@ class KeptTiles(torch.utils.data.Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self,
-        sampler: TileSampler,
-        targets: Targets,
-        canvases: Mapping[tuple[int, int], Canvas],
-        patch: int,
+        self, sampler: TileSampler, targets: Targets, canvases: Sequence[Canvas], patch: int
     ) -> None:
         self.sampler = sampler
         self.targets = targets
         self.canvases = canvases
         self.patch = patch
-        self.symmetries = sorted({which for _, which in canvases})
         small = [s.name for s in sampler.samples if min(s.labels.shape) < sampler.size]
         if small:
             raise ConfigError(
@@ -133,30 +155,14 @@ class KeptTiles(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Tensors of one tile, see `Targets`, and ``features.0``, ... (C, h, w) float32."""
         place, size = self.sampler.place(index), self.sampler.size
-        rng = np.random.default_rng([self.sampler.seed, index, 1])
-        which = self.symmetries[rng.integers(len(self.symmetries))]
         sample = self.sampler.samples[place.sample]
-        image, labels = symmetry(sample.image, sample.labels, which)
-        corner = _turned((place.row, place.col), size, sample.labels.shape, which)
         # the nearest place on the patch grid that leaves the tile inside the image
         row, col = (
             min(round(x / self.patch), (side - size) // self.patch) * self.patch
-            for x, side in zip(corner, labels.shape, strict=True)
+            for x, side in zip((place.row, place.col), sample.labels.shape, strict=True)
         )
         region = Region(row, col, size, size)
-        windows = self.canvases[place.sample, which].window(region)
-        tile = np.ascontiguousarray(labels[region.slices])
-        targets = self.targets(image[region.slices], tile, sample.phenotypes, sample)
+        windows = self.canvases[place.sample].window(region)
+        tile = np.ascontiguousarray(sample.labels[region.slices])
+        targets = self.targets(sample.image[region.slices], tile, sample.phenotypes, sample)
         return targets | {f"{FEATURES}{i}": window for i, window in enumerate(windows)}
-
-
-def _turned(
-    corner: tuple[int, int], size: int, shape: tuple[int, ...], which: int
-) -> tuple[int, int]:
-    """Upper left corner of a square window after a symmetry of the image."""
-    (row, col), (height, width) = corner, shape
-    for _ in range(which % 4):
-        # a counter-clockwise quarter turn: the last column becomes the first row
-        row, col = width - col - size, row
-        height, width = width, height
-    return (row, width - col - size) if which >= 4 else (row, col)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -28,8 +29,8 @@ from celltyper.checkpoints import (
     MODEL_FILE,
     read_tensors,
 )
-from celltyper.config import Config, Data, Lora, Train
-from celltyper.datasets import Dataset, resample, split_by_group
+from celltyper.config import Config, Lora, Train
+from celltyper.datasets import Dataset, resample
 from celltyper.datasets.tiles import TileSampler
 from celltyper.encoders import find_card
 from celltyper.encoders.folders import commit_of
@@ -39,10 +40,10 @@ from celltyper.encoders.trainability import check_trainability, parameter_digest
 from celltyper.errors import ConfigError, DataError, TrainingError
 from celltyper.evaluation import SCORES
 from celltyper.features import Canvas, FeatureCache
-from celltyper.loop import Loop, class_weights
+from celltyper.loop import Loop, check_compile, class_weights
 from celltyper.models import CellTyper, build_model
+from celltyper.parts import Parts, divide
 from celltyper.predict import SAME_MPP, autocast, pick_device
-from celltyper.readers import open_dataset
 from celltyper.runs import (
     LAST_FILE,
     RUN_FILE,
@@ -52,7 +53,7 @@ from celltyper.runs import (
     run_facts,
     start_folder,
 )
-from celltyper.targets import KeptTiles, Targets, TrainingTiles
+from celltyper.targets import KeptTiles, Targets, TrainingTiles, view
 from celltyper.types import Sample
 
 logger = logging.getLogger("celltyper")
@@ -104,15 +105,14 @@ def train(
         weights it must not, or did not change those it should.
     """
     output = Path(output)
-    place = pick_device(device)
-    autocast(place, config.train.precision)
-    if config.train.metric not in SCORES:
-        raise ConfigError(f"train.metric {config.train.metric!r} is unknown: {', '.join(SCORES)}")
-    check_log(config.train.log)
-    train_data, val_data = training_data(config.data, config.seed)
-    samples = list(train_data)
+    place = check_settings(config, device)
+    parts = divide(config.data, config.seed)
+    check_stopping(config, parts)
+    samples = list(parts.train)
     # Validation images are read here once, so that wrong labels are found before training.
-    config = _resolved(config, train_data, chain(samples, val_data))
+    config = resolve(config, parts.train, (s.mpp for s in chain(samples, parts.val)))
+    # One process may train several runs, each with its own precision.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
         gradient_accumulation_steps=config.train.accumulate,
@@ -122,9 +122,13 @@ def train(
     )
     if accelerator.is_main_process:
         check_output(output, config, resume=resume, overwrite=overwrite)
-    model = build_model(config, train_data.classes, config.data.mpp, train_data.colors)
+    model = build_model(config, parts.train.classes, config.data.mpp, parts.train.colors)
     samples = [_at_mpp(sample, config.data.mpp) for sample in samples]
-    cache = _feature_cache(config, model, samples) if config.encoder.cache else None
+    cache = feature_cache(config, model) if config.encoder.cache else None
+    if cache is not None:
+        check_room(config, cache, [s.labels.shape for s in samples])
+        views = range(config.encoder.cache)
+        samples = [view(sample, which, config.augment) for sample in samples for which in views]
     # on kept features nothing is rotated, so no surroundings are needed
     side = round(SURROUND * config.data.tile) if cache is None else cache.rounded(config.data.tile)
     sampler = TileSampler(samples, side, config.data.balance, config.seed)
@@ -135,7 +139,8 @@ def train(
     if resume:
         tensors, header = read_tensors(output / LAST_FILE)
         state = Progress(**header["progress"])
-        if state.finished:
+        # the facts are written last
+        if state.finished and (output / RUN_FILE).is_file():
             logger.info("%s is finished: nothing to resume", output)
             return output
     elif asked:
@@ -151,21 +156,50 @@ def train(
     tiles: Tiles = TrainingTiles(sampler, targets, config)
     if cache is not None:
         with accelerator.main_process_first():
-            canvases = _canvases(cache, samples, config.encoder.cache, progress=progress)
+            canvases = _canvases(cache, samples, progress=progress)
         tiles = KeptTiles(sampler, targets, canvases, cache.patch)
-    _run(loop, state, tiles, val_data, output, progress)
+    _run(loop, state, tiles, parts.val, output, progress)
     trainability = check_trainability(state.digest, parameter_digest(model), config.encoder.adapt)
     state.finished = True
     if accelerator.is_main_process:
         loop.save(output, state, improved=False)
-        facts = run_facts(config, model, state, {"train": train_data, "val": val_data})
+        data = {"train": parts.train, "val": parts.val, **parts.others}
+        facts = run_facts(config, model, state, {k: part for k, part in data.items() if len(part)})
         write_json(output / RUN_FILE, facts | {"trainability": asdict(trainability)})
     return output
 
 
-def _feature_cache(config: Config, model: CellTyper, samples: Sequence[Sample]) -> FeatureCache:
-    """Where features are kept; refused before anything is computed if they cannot fit."""
-    cache = FeatureCache(
+def check_settings(config: Config, device: str) -> torch.device:
+    """Refuse what can be refused without data, and choose the device.
+
+    Raises
+    ------
+    ConfigError
+        If the device is not there, cannot compute at ``train.precision``, or ``train.metric`` or
+        ``train.log`` is unknown.
+    """
+    place = pick_device(device)
+    autocast(place, config.train.precision)
+    if config.train.metric not in SCORES:
+        raise ConfigError(f"train.metric {config.train.metric!r} is unknown: {', '.join(SCORES)}")
+    check_log(config.train.log)
+    if config.train.compile:
+        check_compile(place)
+    return place
+
+
+def check_stopping(config: Config, parts: Parts) -> None:
+    """Refuse to stop on the scores of validation images where there are none."""
+    if config.train.patience is not None and not len(parts.val):
+        raise ConfigError(
+            f"train.patience={config.train.patience} needs validation images, and there are none: "
+            "leave it out, or raise data.val_fraction (or name 'val' in data.split)"
+        )
+
+
+def feature_cache(config: Config, model: CellTyper) -> FeatureCache:
+    """Where the features of a frozen encoder are kept, and by which tiles they are computed."""
+    return FeatureCache(
         model.encoder,
         cache_folder() / "features",
         tile=model.tile,
@@ -173,24 +207,37 @@ def _feature_cache(config: Config, model: CellTyper, samples: Sequence[Sample]) 
         limit=int(config.encoder.cache_gb * 1e9),
         batch_size=config.infer.batch_size,
     )
-    needed = config.encoder.cache * cache.bytes_of([s.labels.shape for s in samples])
+
+
+def check_room(config: Config, cache: FeatureCache, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse features that cannot fit, before any is computed.
+
+    Parameters
+    ----------
+    config : Config
+    cache : FeatureCache
+    shapes : sequence of tuple of int
+        Height and width of the training images, as the model sees them.
+
+    Raises
+    ------
+    ConfigError
+        Saying what they take.
+    """
+    needed = config.encoder.cache * cache.bytes_of([(s[0], s[1]) for s in shapes])
     if needed > cache.limit:
         raise ConfigError(
-            f"features of {len(samples)} images under {config.encoder.cache} symmetries take "
+            f"features of {len(shapes)} images in {config.encoder.cache} views take "
             f"{needed / 1e9:.1f} GB, more than encoder.cache_gb={config.encoder.cache_gb:g}: raise "
             "it, or lower encoder.cache"
         )
-    return cache
 
 
-def _canvases(
-    cache: FeatureCache, samples: Sequence[Sample], symmetries: int, *, progress: bool
-) -> dict[tuple[int, int], Canvas]:
-    """Features of every image under the first symmetries, computed now or found."""
-    work = [(i, which) for i in range(len(samples)) for which in range(symmetries)]
-    logger.info("features of %d images under %d symmetries", len(samples), symmetries)
-    bar = tqdm(work, desc="features", unit="image", disable=None if progress else True)
-    return {(i, which): cache.canvas(samples[i].image, which) for i, which in bar}
+def _canvases(cache: FeatureCache, samples: Sequence[Sample], *, progress: bool) -> list[Canvas]:
+    """Features of every view, computed now or found."""
+    logger.info("features of %d views", len(samples))
+    bar = tqdm(samples, desc="features", unit="view", disable=None if progress else True)
+    return [cache.canvas(sample.image) for sample in bar]
 
 
 def _run(
@@ -242,8 +289,10 @@ def _run(
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             last = state.step == settings.steps
             if last or state.step % settings.validate_every == 0:
-                scores = loop.validate(val_data) if accelerator.is_main_process else {}
-                scores = broadcast_object_list([scores])[0]
+                scores: dict[str, float] = {}
+                if len(val_data):
+                    scores = loop.validate(val_data) if accelerator.is_main_process else {}
+                    scores = broadcast_object_list([scores])[0]
                 row = {"step": float(state.step), "loss": float(np.mean(losses)), "lr": loop.lr}
                 losses.clear()
                 stop = _record(state, row | scores, settings, last=last)
@@ -265,10 +314,28 @@ def _diverged(loss: float, step: int, output: Path, settings: Train) -> str:
     )
 
 
-def _resolved(config: Config, data: Dataset, samples: Iterable[Sample]) -> Config:
-    """Write into the config what was decided: absolute paths, resolution, commit of weights."""
+def resolve(config: Config, data: Dataset, resolutions: Iterable[float | None]) -> Config:
+    """Write into a config what was decided: absolute paths, resolution, commit of weights.
+
+    Parameters
+    ----------
+    config : Config
+    data : Dataset
+        The training images.
+    resolutions : iterable of float or None
+        Micrometres per pixel of every image.
+
+    Returns
+    -------
+    Config
+
+    Raises
+    ------
+    DataError
+        If the images are of several resolutions and the config chooses none.
+    """
     mpp = config.data.mpp or data.mpp
-    found = {sample.mpp for sample in samples}
+    found = set(resolutions)
     if mpp is None and found != {None}:
         if len(found) > 1:
             known = ", ".join(sorted(str(value or "unknown") for value in found))
@@ -277,8 +344,11 @@ def _resolved(config: Config, data: Dataset, samples: Iterable[Sample]) -> Confi
                 "set data.mpp to the one to work at"
             )
         mpp = found.pop()
-    root = config.data.root.absolute() if config.data.root else None
-    taxonomy = config.data.taxonomy.absolute() if config.data.taxonomy else None
+    files = {
+        key: value.absolute()
+        for key in ("root", "taxonomy", "split")
+        if (value := getattr(config.data, key))
+    }
     weights = config.encoder.weights
     revision = config.encoder.revision
     if weights not in MADE_NAMES:
@@ -289,7 +359,7 @@ def _resolved(config: Config, data: Dataset, samples: Iterable[Sample]) -> Confi
             weights = str(Path(weights).absolute())
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"root": root, "mpp": mpp, "taxonomy": taxonomy}),
+            "data": config.data.model_copy(update={"mpp": mpp, **files}),
             "encoder": config.encoder.model_copy(
                 update={
                     "weights": weights,
@@ -313,67 +383,10 @@ def _with_adapter(lora: Lora) -> Lora:
     )
 
 
-def training_data(data: Data, seed: int) -> tuple[Dataset, Dataset]:
-    """Open the training and the validation images.
-
-    ``root/train`` and ``root/val`` are taken if they are folders, else the splits that the
-    dataset in ``root`` names, else a share ``val_fraction`` of the groups is held out.
-
-    Parameters
-    ----------
-    data : Data
-    seed : int
-        Decides which groups are held out.
-
-    Returns
-    -------
-    tuple of Dataset
-        Training and validation images.
-
-    Raises
-    ------
-    ConfigError
-        If ``data.root`` is not set.
-    DataError
-        If there is nothing to train or validate on, the classes of the two differ, or a group is
-        on both sides.
-    """
-    if data.root is None:
-        raise ConfigError("data.root is not set: pass --set data.root=FOLDER")
-    if (data.root / data.train).is_dir():
-        train_data = open_dataset(
-            data.root / data.train, reader=data.reader, taxonomy=data.taxonomy
-        )
-        if (data.root / data.val).is_dir():
-            val_data = open_dataset(
-                data.root / data.val, reader=data.reader, taxonomy=data.taxonomy
-            )
-        else:
-            train_data, val_data = split_by_group(train_data, data.val_fraction, seed)
-    else:
-        whole = open_dataset(data.root, reader=data.reader, taxonomy=data.taxonomy)
-        if {data.train, data.val} <= whole.splits.keys():
-            train_data, val_data = (whole.subset(whole.splits[s]) for s in (data.train, data.val))
-        else:
-            train_data, val_data = split_by_group(whole, data.val_fraction, seed)
-    if train_data.classes != val_data.classes:
-        raise DataError(
-            f"classes of {train_data.path} and {val_data.path} differ: "
-            f"{train_data.classes} and {val_data.classes}"
-        )
-    both = sorted(set(train_data.groups.values()) & set(val_data.groups.values()))
-    if both:
-        raise DataError(
-            f"{data.root}: {len(both)} patients or slides are in training and validation "
-            f"({', '.join(both[:5])}); move each to one side, or correct 'groups' in meta.json"
-        )
-    return train_data, val_data
-
-
 def _record(state: Progress, row: dict[str, float], train: Train, *, last: bool) -> bool:
     """Add a row to the history, note an improvement, and say whether to stop early."""
     state.history.append(row)
-    score = row[train.metric]
+    score = row.get(train.metric, math.nan)
     # As long as no score could be computed, the newest model is as good as any.
     if score > state.best or not math.isfinite(state.best):
         state.best, state.best_step = (score if math.isfinite(score) else -math.inf), state.step
@@ -392,8 +405,5 @@ def _at_mpp(sample: Sample, mpp: float | None) -> Sample:
 
 
 def _row_text(row: dict[str, float], train: Train) -> str:
-    return (
-        f"step {row['step']:.0f}/{train.steps}  loss {row['loss']:.3f}  "
-        f"macro_f1 {row['macro_f1']:.3f}  detection_f1 {row['detection_f1']:.3f}  "
-        f"bpq {row['bpq']:.3f}"
-    )
+    scores = [f"{k} {row[k]:.3f}" for k in ("macro_f1", "detection_f1", "bpq") if k in row]
+    return "  ".join([f"step {row['step']:.0f}/{train.steps}", f"loss {row['loss']:.3f}", *scores])

@@ -136,7 +136,23 @@ class InstanceMethod(Protocol):
         ...
 
     def decode(self, maps: Maps) -> Labels:
-        """Labels ``(H, W)`` int32 for activated maps ``(C, H, W)`` float32."""
+        """Labels for activated maps.
+
+        Parameters
+        ----------
+        maps : mapping of str to ndarray of float32, each (C, H, W)
+            By the names in `maps`; others are passed over.
+
+        Returns
+        -------
+        ndarray of int32, shape (H, W)
+            Labels 1..n, in celltyper's own methods in the raster order of their first pixels.
+
+        Raises
+        ------
+        DataError
+            In celltyper's own methods, if a map is missing or has another shape.
+        """
         ...
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from celltyper.config import Config
 from celltyper.datasets import store
+from celltyper.parts import divide
 from celltyper.readers import open_dataset
-from celltyper.training import train, training_data
+from celltyper.training import train
 
 Run = Callable[..., Any]
 
@@ -123,7 +124,7 @@ def test_training_takes_a_store_and_a_taxonomy(
         command = ("data", "prepare", made_data / part, "-o", tmp_path / "d" / part, "-q")
         assert celltyper_command(*command, *more).code == 0
     config = tiny(tmp_path / "d", "loss.focal=1")
-    rest, held_out = training_data(config.data, seed=0)
+    rest, held_out, _ = divide(config.data, seed=0)
     assert rest["train1"].unannotated == (2,)
     assert held_out["val4"].unannotated == ()
     run = train(config, tmp_path / "run", progress=False)
@@ -131,7 +132,7 @@ def test_training_takes_a_store_and_a_taxonomy(
     merged = tmp_path / "merged.yaml"
     merged.write_text("classes: {cell: [blue, brown]}")
     config = tiny(made_data, f"data.taxonomy={merged}")
-    assert training_data(config.data, seed=0)[0].classes == ("cell",)
+    assert divide(config.data, seed=0).train.classes == ("cell",)
 
 
 def test_a_run_on_merged_classes_is_scored_on_merged_classes(

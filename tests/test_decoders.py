@@ -157,7 +157,8 @@ def test_pyramid_is_used_at_its_own_resolution() -> None:
     [
         ("unter", {}, "unknown decoder 'unter'; did you mean 'unet.*known: dpt, linear, package"),
         ("dpt", {"widht": 8}, "option of decoder 'dpt' 'widht'; did you mean 'width'"),
-        ("dpt", {"strides": [4, 8, 16, 32]}, "option of decoder 'dpt' 'strides'.*known: width"),
+        ("dpt", {"strides": [4, 8, 16, 32]}, "option of decoder 'dpt' 'strides'.*stem, width"),
+        ("dpt", {"stem": -1}, "stem of 0 channels or more, got -1"),
         ("dpt", {"width": 1}, "width of 2 or more"),
         ("unetr", {"width": 0}, "decoder 'unetr' needs a width of 1 or more, got 0"),
         ("linear", {"width": "wide"}, "decoder 'linear' needs a width of 1 or more, got 'wide'"),
@@ -199,3 +200,19 @@ def test_own_decoder_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="no integer attribute out_channels"):
         build_decoder("my_decoders:Mute", [8], 14)
     del sys.modules["my_decoders"]
+
+
+def test_stem_of_dpt_sees_the_image_near_each_pixel() -> None:
+    torch.manual_seed(0)
+    features = [torch.randn(1, 6, 5, 5) for _ in range(4)]
+    images = torch.rand(1, 3, 67, 70)
+    changed = images.clone()
+    changed[..., 30, 40] += 1
+    plain = build_decoder("dpt", [6] * 4, 14, width=8).eval()
+    assert torch.equal(plain(features, images), plain(features, changed))
+    stem = build_decoder("dpt", [6] * 4, 14, width=8, stem=4).eval()
+    # four convolutions of 3 pixels reach 4 pixels far
+    moved = (stem(features, images) != stem(features, changed)).any(1)[0].nonzero()
+    assert moved.min(0).values.tolist() == [26, 36]
+    assert moved.max(0).values.tolist() == [34, 44]
+    assert stem(features, images).shape == (1, stem.out_channels, 67, 70)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import celltyper
-from celltyper.config import Config, parse_config
+from celltyper.config import Augment, Config, parse_config
 from celltyper.datasets import TileSampler
 from celltyper.encoders import load_encoder
 from celltyper.encoders.vit import TimmViT
@@ -16,7 +16,7 @@ from celltyper.errors import ConfigError
 from celltyper.features import FeatureCache
 from celltyper.instances import build_instances
 from celltyper.predict import predict_maps
-from celltyper.targets import KeptTiles, Targets
+from celltyper.targets import KeptTiles, Targets, view
 from celltyper.tiling import Region
 from celltyper.training import train
 from celltyper.transforms import symmetry
@@ -78,15 +78,21 @@ def test_model_on_kept_features_equals_the_model(tmp_path: Path) -> None:
         np.testing.assert_allclose(found[name], values, atol=5e-3)
 
 
-def test_every_symmetry_has_its_own_features(tmp_path: Path) -> None:
-    cache = cache_of(tmp_path)
-    image = picture()
-    turned = np.ascontiguousarray(np.rot90(image)[:, ::-1])
-    np.testing.assert_array_equal(cache.canvas(image, 5).maps[0], cache.canvas(turned).maps[0])
-    # 0 and 5; the turned image is that of symmetry 5, found again
-    assert len(list(tmp_path.glob("*.npy"))) == 1
-    cache.canvas(image)
-    assert len(list(tmp_path.glob("*.npy"))) == 2
+def test_views_are_functions_of_the_pixels_alone() -> None:
+    one, strengths = disks(1), Augment()
+    assert view(one, 0, strengths) is one
+    first, second = view(one, 1, strengths), view(one, 2, strengths)
+    assert not np.array_equal(first.image, second.image)
+    np.testing.assert_array_equal(view(disks(1), 1, strengths).image, first.image)
+    still = Augment(**dict.fromkeys(Augment.model_fields, 0) | {"dihedral": True})
+    turned = view(one, 3, still)
+    each = [symmetry(one.image, one.labels, which) for which in range(8)]
+    same = [pair for pair in each if np.array_equal(pair[0], turned.image)]
+    assert len(same) == 1
+    np.testing.assert_array_equal(same[0][1], turned.labels)
+    # every nucleus keeps its brightness, so labels and classes moved with the pixels
+    inside = turned.labels > 0
+    np.testing.assert_array_equal(turned.image[inside][:, 0], 40 * turned.labels[inside])
 
 
 def test_kept_features_are_not_computed_again(tmp_path: Path) -> None:
@@ -166,42 +172,37 @@ def disks(seed: int, size: int = 96) -> Sample:
 
 def test_tiles_and_their_features_belong_together(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, tile=32, overlap=0)
-    samples = [disks(1), disks(2)]
-    sampler = TileSampler(samples, 32, balance=0.5, seed=0)
-    kept = {(i, w): cache.canvas(samples[i].image, w) for i in (0, 1) for w in range(8)}
-    tiles = KeptTiles(sampler, Targets(samples, build_instances("hv")), kept, cache.patch)
-    turns = set()
+    views = [view(sample, which, Augment()) for sample in (disks(1), disks(2)) for which in (0, 1)]
+    sampler = TileSampler(views, 32, balance=0.5, seed=0)
+    kept = [cache.canvas(sample.image) for sample in views]
+    tiles = KeptTiles(sampler, Targets(views, build_instances("hv")), kept, cache.patch)
+    drawn = set()
     for index in range(80):
         item = tiles[index]
         # without overlap a canvas cell sees its own 32 px window alone: find it by brute force
         found = []
-        for (i, which), canvas in kept.items():
-            image, labels = symmetry(samples[i].image, samples[i].labels, which)
-            for row in range(0, labels.shape[0] - 31, 16):
-                for col in range(0, labels.shape[1] - 31, 16):
-                    part = image[row : row + 32, col : col + 32]
+        for i, sample in enumerate(views):
+            for row in range(0, sample.labels.shape[0] - 31, 16):
+                for col in range(0, sample.labels.shape[1] - 31, 16):
+                    part = sample.image[row : row + 32, col : col + 32]
                     pixels = torch.from_numpy(part.transpose(2, 0, 1).copy()).float() / 255
                     if torch.equal(pixels, item["image"]):
-                        found.append((canvas, row, col, labels, i, which))
+                        found.append((i, row, col))
         assert len(found) == 1
-        canvas, row, col, labels, i, which = found[0]
-        turns.add(which)
-        for level, cells in enumerate(canvas.maps):
+        i, row, col = found[0]
+        drawn.add(i)
+        for level, cells in enumerate(kept[i].maps):
             part = cells[row // 16 : row // 16 + 2, col // 16 : col // 16 + 2]
             expected = torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1)
             assert torch.equal(item[f"features.{level}"], expected)
-        kinds = samples[i].phenotypes[labels[row : row + 32, col : col + 32]]
+        kinds = views[i].phenotypes[views[i].labels[row : row + 32, col : col + 32]]
         np.testing.assert_array_equal(item["phenotype"], kinds)
         # as near to the place that was drawn as the patch grid allows
         place = sampler.place(index)
         assert place.sample == i
-        drawn = np.zeros(samples[i].labels.shape, np.int32)
-        drawn[place.row : place.row + 32, place.col : place.col + 32] = 1
-        turned = symmetry(samples[i].image, drawn, which)[1]
-        rows, cols = np.nonzero(turned)
-        assert abs(rows.min() - row) <= 16
-        assert abs(cols.min() - col) <= 16
-    assert turns == set(range(8))
+        assert abs(place.row - row) <= 16
+        assert abs(place.col - col) <= 16
+    assert drawn == set(range(4))
 
 
 def settings(data: Path, **encoder: object) -> Config:
@@ -220,14 +221,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kept" / "features"
 
 
-def test_training_runs_the_encoder_once_per_image_and_symmetry(
+def test_training_runs_the_encoder_once_per_view(
     made_data: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     forward = TimmViT.forward
     monkeypatch.setattr(TimmViT, "forward", lambda s, x: seen.append(len(x)) or forward(s, x))
     first = train(settings(made_data), tmp_path / "run", progress=False)
-    # three images in four symmetries, and one to validate; 96 px are 3 x 3 windows of 64
+    # three images in four views, and one to validate; 96 px are 3 x 3 windows of 64
     assert sum(seen) == (3 * 4 + 1) * 9
     assert len(list(own_cache.glob("*.npy"))) == 13
     seen.clear()
@@ -240,9 +241,12 @@ def test_training_runs_the_encoder_once_per_image_and_symmetry(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder": {"cache_gb": 1e-6}}, "3 images under 4 symmetries take 0.0 GB, more than"),
+        ({"encoder": {"cache_gb": 1e-6}}, "3 images in 4 views take 0.0 GB, more than"),
         ({"encoder": {"adapt": "lora"}}, "encoder.cache has no effect with encoder.adapt=lora"),
-        ({"augment": {"rotate": 10}}, "augment has no effect with encoder.cache"),
+        (
+            {"encoder": {"cache": 1}, "augment": {"rotate": 10}},
+            "augment has no effect with encoder.cache=1",
+        ),
         ({"data": {"tile": 128}}, "smaller than a tile of 128 px"),
     ],
 )

@@ -13,13 +13,13 @@ PACKAGE = Path(celltyper.__file__).parent
 
 LAYERS = [
     {"__main__", "testing"},
-    {"demo"},
-    {"results"},
+    {"demo", "commands"},
+    {"results", "protocols"},
     {"training", "inference", "reporting", "exporting"},
     {"loop"},
     {"evaluation", "predict", "objective", "targets", "runs"},
     {"checkpoints", "optim"},
-    {"models", "features"},
+    {"models", "features", "parts"},
     {"config", "encoders", "report", "decoders", "readers"},
     {"datasets"},
     {"instances", "tiling", "cells", "metrics", "losses", "transforms"},

@@ -232,6 +232,63 @@ def test_a_kill_leaves_nothing_that_opens(folder: Path, tmp_path: Path) -> None:
         same(open_dataset(out)[name], open_dataset(folder)[name])
 
 
+def test_two_at_once_are_one_after_the_other_and_a_dead_one_is_not_waited_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    code = """if True:
+        import sys
+        from dataclasses import replace
+        from celltyper.datasets.store import Source, write_store
+        from celltyper.readers import open_dataset
+        data = open_dataset(sys.argv[1])
+        def read(name):
+            if name == "b":
+                print("in the middle", flush=True)
+                sys.stdin.readline()
+            return data.read(name)
+        write_store(sys.argv[2], [Source(replace(data, read=read), "folder")])
+    """
+    out = tmp_path / "s.zarr"
+    sources = [Source(open_dataset(folder), "folder")]
+    for ending in ("killed", "finished"):
+        first = subprocess.Popen(
+            [sys.executable, "-c", code, folder, out],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert first.stdout is not None
+        assert first.stdout.readline() == "in the middle\n"
+        for overwrite in (False, True):
+            with pytest.raises(ConfigError, match=r"s\.zarr is being written by another process"):
+                write_store(out, sources, overwrite=overwrite)
+        assert not out.exists()
+        if ending == "killed":
+            first.kill()
+        first.communicate("\n")
+        assert (first.returncode == 0) == (ending == "finished")
+    for name in "abc":
+        same(open_dataset(out)[name], open_dataset(folder)[name])
+    assert not list(tmp_path.glob(".s*"))
+
+
+def test_a_store_that_another_process_just_finished_is_not_replaced(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, make_folder = tmp_path / "s.zarr", store.make_folder
+    sources = [Source(open_dataset(folder), "folder")]
+
+    def quicker(path: Path) -> None:
+        monkeypatch.setattr(store, "make_folder", make_folder)
+        write_store(out, [Source(open_dataset(folder).subset("a"), "folder")])
+
+    monkeypatch.setattr(store, "make_folder", quicker)
+    with pytest.raises(ConfigError, match="exists; pass --overwrite"):
+        write_store(out, sources)
+    assert open_dataset(out).names == ("a",)
+    assert not list(tmp_path.glob(".s*"))
+
+
 def test_a_full_disk_says_so_and_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "s.zarr"
     sources = [Source(open_dataset(folder), "folder")]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,12 @@ from safetensors.torch import load_file
 
 from celltyper.checkpoints import load_model, read_tensors
 from celltyper.config import Config, dump_config
+from celltyper.datasets import write_folder
 from celltyper.errors import CheckpointError, ConfigError, DataError, TrainingError
 from celltyper.optim import learning_rate_factor
+from celltyper.parts import divide
+from celltyper.readers import open_dataset
+from celltyper.results import evaluate_run
 from celltyper.training import train
 
 Tiny = Callable[..., Config]
@@ -72,6 +77,7 @@ class KilledError(Exception):
         (),
         ("train.ema=0.9", "train.accumulate=2"),
         ("encoder.adapt=lora", "encoder.lora.dropout=0.5"),
+        ("data.val_fraction=0", "train.ema=0.9"),
     ],
 )
 def test_killed_and_resumed_ends_with_the_same_bytes(
@@ -81,7 +87,8 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     overrides: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = tiny(made_data, *overrides)
+    alone = "data.val_fraction=0" in overrides
+    config = tiny(made_data / "train" if alone else made_data, *overrides)
     whole = train(config, tmp_path / "whole", device="cpu", progress=False)
 
     from celltyper import loop
@@ -289,3 +296,105 @@ def test_early_stop_counts_validations_without_gain(
     )
     run = train(config, tmp_path / "run", device="cpu", progress=False)
     assert json.loads((run / "run.json").read_text())["steps"] == 3
+
+
+def test_without_validation_images_the_last_averaged_model_is_kept(
+    tiny: Tiny, made_data: Path, tmp_path: Path
+) -> None:
+    config = tiny(made_data / "train", "data.val_fraction=0", "train.ema=0.5")
+    run = train(config, tmp_path / "run", device="cpu", progress=False)
+    rows = (run / "history.csv").read_text().splitlines()
+    assert rows[0] == "step,loss,lr"
+    assert [r.split(",")[0] for r in rows[1:]] == ["2", "4"]
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["best_step"] == 4
+    assert facts["best"] == {"macro_f1": None}
+    assert facts["data"].keys() == {"train"}
+    assert len(facts["data"]["train"]["names"]) == 3
+    last, _ = read_tensors(run / "last.safetensors")
+    average = {k.removeprefix("average."): v for k, v in last.items() if k.startswith("average.")}
+    assert_same(weights(run), average)
+    model = {k.removeprefix("model."): v for k, v in last.items() if k.startswith("model.")}
+    assert any(not torch.equal(model[k], v) for k, v in average.items())
+    _, folder = evaluate_run(run, made_data / "val", resamples=0, device="cpu", progress=False)
+    page = (folder / "report.html").read_text()
+    assert "Loss" in page
+    assert "Validation scores" not in page
+    waiting = tiny(made_data / "train", "data.val_fraction=0", "train.patience=3")
+    with pytest.raises(ConfigError, match=r"train\.patience=3 needs validation images"):
+        train(waiting, tmp_path / "waiting", device="cpu", progress=False)
+
+
+def test_a_file_of_splits_says_which_images_train_and_which_are_left_for_eval(
+    tiny: Tiny, made_data: Path, tmp_path: Path
+) -> None:
+    split = tmp_path / "split.yaml"
+    split.write_text("{train: [train1], val: [train2], test: [train3]}")
+    root = made_data / "train"
+    config = tiny(root, f"data.split={split}", "train.steps=2")
+    run = train(config, tmp_path / "run", device="cpu", progress=False)
+    parts = json.loads((run / "run.json").read_text())["data"]
+    assert {part: about["names"] for part, about in parts.items()} == {
+        "train": ["train1"],
+        "val": ["train2"],
+        "test": ["train3"],
+    }
+    summary, _ = evaluate_run(run, root, split="test", resamples=0, device="cpu", progress=False)
+    assert [image.name for image in summary.images] == ["train3"]
+    # A folder of parts may be divided anew; without val nothing is validated.
+    split.write_text(json.dumps({"train": ["train1", "test5"], "val": []}))
+    train_data, val_data, others = divide(tiny(made_data, f"data.split={split}").data, seed=0)
+    assert (train_data.names, val_data.names, others) == (("train1", "test5"), (), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{train: [train1, x]}", "split 'train' names 'x', which is not among the images"),
+        ("{train: [train1, train1]}", "split 'train' lists an image twice"),
+        ("{train: [train1], test: [train1]}", "group 'train1' (image 'train1') is in both splits"),
+        ("{val: [train1]}", "no images to train on under 'train'"),
+        ("{train: [12]}", "'train' holds 12, not names; expected {train: [image names]"),
+        ("{train: train1}", "'train' holds 'train1', not names"),
+        ("- train1", "expected {train: [image names]"),
+        ("{", "cannot be read as YAML or JSON"),
+        (None, "cannot be read as YAML or JSON: [Errno 2] No such file"),
+    ],
+)
+def test_wrong_files_of_splits_are_refused_in_one_line(
+    tiny: Tiny, made_data: Path, tmp_path: Path, text: str | None, said: str
+) -> None:
+    split = tmp_path / "split.yaml"
+    if text is not None:
+        split.write_text(text)
+    with pytest.raises(DataError) as caught:
+        divide(tiny(made_data / "train", f"data.split={split}").data, seed=0)
+    assert said in str(caught.value)
+    assert str(split) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_that_the_data_keep_for_a_test_never_train(
+    tiny: Tiny, made_data: Path, tmp_path: Path
+) -> None:
+    """Splits train and test, but no val: validation images are held out of train alone."""
+    source = open_dataset(made_data / "train")
+    copies = [replace(s, name=f"{s.name}{i}", group="") for s in source for i in (0, 1)]
+    write_folder(tmp_path / "d", copies, source.classes, 0.5)
+    meta = json.loads((tmp_path / "d" / "meta.json").read_text())
+    meta["splits"] = {"train": ["train10", "train20", "train30", "train11"], "test": ["train21"]}
+    (tmp_path / "d" / "meta.json").write_text(json.dumps(meta))
+    train_data, val_data, _ = divide(tiny(tmp_path / "d").data, seed=0)
+    assert val_data.names
+    assert sorted(train_data.names + val_data.names) == sorted(meta["splits"]["train"])
+
+
+def test_one_process_trains_at_one_precision_and_then_at_another(
+    tiny: Tiny, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("celltyper.predict._has_bf16_instructions", lambda: True)
+    for precision in ("bf16", "fp32"):
+        config = tiny(made_data, f"train.precision={precision}", "train.steps=1")
+        assert train(config, tmp_path / precision, device="cpu", progress=False).is_dir()
+    half, full = (weights(tmp_path / p) for p in ("bf16", "fp32"))
+    assert any(not torch.equal(half[name], tensor) for name, tensor in full.items())

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,8 @@ def write_store(
 
     It is written to a hidden folder beside `path`, which is renamed in the end: there is a whole
     store or none. If the writing is interrupted, the next call goes on: an image is done if it was
-    finished from files of the same size and time of change, with the same settings.
+    finished from files of the same size and time of change, with the same settings. A second
+    process that writes the same store meanwhile is refused.
 
     Parameters
     ----------
@@ -90,7 +92,7 @@ def write_store(
     Raises
     ------
     ConfigError
-        If something is there already.
+        If something is there already, or another process is writing it.
     DataError
         If a sample cannot be read or has a class that is not in the list, or classes differ.
     RunError
@@ -107,44 +109,46 @@ def write_store(
     make_folder(path.parent)
     work = path.with_name(f".{path.name}.partial")
     try:
-        (work / _DONE).mkdir(parents=True, exist_ok=True)
-        root = zarr.open_group(work, mode="a", zarr_format=3)
-        groups = {kind: root.require_group(kind) for kind in ("image", "labels")}
-        records = []
-        bar = tqdm(
-            enumerate(data.names),
-            total=len(data),
-            desc="prepare",
-            unit="image",
-            disable=None if progress else True,
-            dynamic_ncols=True,
-        )
-        for i, name in bar:
-            marker = work / _DONE / f"{i:06d}.json"
-            record = _finished(marker, name, stamps[name])
-            if record is None:
-                marker.unlink(missing_ok=True)
-                sample = data.read(name)
-                _write_sample(groups, f"{i:06d}", sample, data.classes, compress)
-                record = {
-                    "name": name,
-                    "group": data.groups[name],
-                    "mpp": sample.mpp or data.mpp,
-                    "unannotated": list(sample.unannotated),
-                    "shape": list(sample.labels.shape),
-                }
-                write_json(marker, {"stamp": stamps[name], "record": record})
-            records.append(record)
-        _remove_others(work, len(data))
-        root.attrs[ATTRIBUTE] = _about(path, data, sources, settings, records)
-        shutil.rmtree(work / _DONE)
-        _put(work, path)
+        with _alone(path):
+            # another process may have finished it since
+            _check_free(path, overwrite)
+            (work / _DONE).mkdir(parents=True, exist_ok=True)
+            root = zarr.open_group(work, mode="a", zarr_format=3)
+            groups = {kind: root.require_group(kind) for kind in ("image", "labels")}
+            records = _write_images(work, groups, data, stamps, compress, progress)
+            _remove_others(work, len(data))
+            root.attrs[ATTRIBUTE] = _about(path, data, sources, settings, records)
+            shutil.rmtree(work / _DONE)
+            _put(work, path)
     except OSError as error:
         raise RunError(
             f"{path} cannot be written ({error.strerror or error}); what is done lies in "
             f"{work.name}: the same command goes on with it"
         ) from error
     return path
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other processes from writing the same store.
+
+    The lock is the system's, which frees it when a process dies, so a file left behind is no lock.
+    """
+    from filelock import FileLock, Timeout
+
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"{path} is being written by another process; wait for it, or give another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
@@ -167,6 +171,43 @@ def is_store(path: Path) -> bool:
         return ATTRIBUTE in about["attributes"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _write_images(
+    work: Path,
+    groups: Mapping[str, zarr.Group],
+    data: Dataset,
+    stamps: Mapping[str, str],
+    compress: bool,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Write every image that is not done yet; give the records of all."""
+    records = []
+    bar = tqdm(
+        enumerate(data.names),
+        total=len(data),
+        desc="prepare",
+        unit="image",
+        disable=None if progress else True,
+        dynamic_ncols=True,
+    )
+    for i, name in bar:
+        marker = work / _DONE / f"{i:06d}.json"
+        record = _finished(marker, name, stamps[name])
+        if record is None:
+            marker.unlink(missing_ok=True)
+            sample = data.read(name)
+            _write_sample(groups, f"{i:06d}", sample, data.classes, compress)
+            record = {
+                "name": name,
+                "group": data.groups[name],
+                "mpp": sample.mpp or data.mpp,
+                "unannotated": list(sample.unannotated),
+                "shape": list(sample.labels.shape),
+            }
+            write_json(marker, {"stamp": stamps[name], "record": record})
+        records.append(record)
+    return records
 
 
 def _write_sample(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from celltyper.decoders.grid import resize, to_pixels
 from celltyper.decoders.options import require_four_maps, require_strides, require_width
+from celltyper.errors import ConfigError
 
 
 class DptDecoder(nn.Module):
@@ -25,6 +27,9 @@ class DptDecoder(nn.Module):
         Side of a patch in pixels.
     width : int
         Channels of the pyramid; the paper has 256.
+    stem : int
+        Channels of two convolutions on the image itself, which join the pyramid at its end: the
+        borders of nuclei are finer than a patch. 0, as in the paper, has none.
     strides : sequence of 4 int, optional
         Strides of the maps in pixels, from fine to coarse; by default all are `patch_size`.
 
@@ -40,11 +45,14 @@ class DptDecoder(nn.Module):
         patch_size: int,
         *,
         width: int = 64,
+        stem: int = 0,
         strides: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         require_four_maps("dpt", channels)
         require_width("dpt", width, least=2)
+        if not isinstance(stem, int) or stem < 0:
+            raise ConfigError(f"decoder 'dpt' needs a stem of 0 channels or more, got {stem!r}")
         self.stride = patch_size
         self.out_channels = width // 2
         scale: list[nn.Module] = [
@@ -64,10 +72,13 @@ class DptDecoder(nn.Module):
         self.enter = nn.ModuleList(_Residual(width) for _ in range(3))
         self.leave = nn.ModuleList(_Residual(width) for _ in range(4))
         self.mix = nn.ModuleList(nn.Conv2d(width, width, kernel_size=1) for _ in range(4))
-        self.head = nn.Sequential(
-            nn.Conv2d(width, width // 2, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(width // 2),
-            nn.ReLU(inplace=True),
+        half = width // 2
+        self.head = _convolution(width, half)
+        self.stem = nn.Sequential(_convolution(3, stem), _convolution(stem, stem)) if stem else None
+        self.join = (
+            nn.Sequential(_convolution(half + stem, half), _convolution(half, half))
+            if stem
+            else None
         )
 
     def forward(self, features: Sequence[Tensor], images: Tensor) -> Tensor:
@@ -81,7 +92,20 @@ class DptDecoder(nn.Module):
                 x = x + self.enter[i](levels[i])
             # a 1x1 convolution commutes with the resize and is cheaper before it
             x = resize(self.mix[i](self.leave[i](x)), *sizes[i])
-        return to_pixels(self.head(x), features[-1], images, self.stride)
+        x = to_pixels(self.head(x), features[-1], images, self.stride)
+        if self.stem is None or self.join is None:
+            return x
+        # symmetric about 0, as batch norm comes only after the first convolution
+        pixels: Tensor = self.join(torch.cat((x, self.stem(2 * images - 1)), dim=1))
+        return pixels
+
+
+def _convolution(channels: int, out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, out, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(out),
+        nn.ReLU(inplace=True),
+    )
 
 
 class _Residual(nn.Module):

@@ -140,6 +140,31 @@ class Prepare(nn.Module):
         )
 
 
+class Prepared(nn.Module):
+    """An encoder that prepares its images itself."""
+
+    prepare: Prepare
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Pooled embedding.
+
+        Parameters
+        ----------
+        images : Tensor, shape (B, 3, H, W)
+            RGB in [0, 1]; scaled and cut to the input size.
+
+        Returns
+        -------
+        Tensor, shape (B, embed_dim)
+            One vector an image.
+        """
+        return self.embed_whole(self.prepare.crop(images))
+
+    def embed_whole(self, images: Tensor) -> Tensor:
+        """As `embed`, of images that are neither scaled nor cut."""
+        raise NotImplementedError
+
+
 def _padded(images: Tensor, multiple: int) -> Tensor:
     bottom, right = -images.shape[2] % multiple, -images.shape[3] % multiple
     if bottom or right:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from celltyper.encoders.cards import EmbeddingRule, EncoderCard
 from celltyper.encoders.layouts import to_timm
-from celltyper.encoders.prepare import Prepare
+from celltyper.encoders.prepare import Prepare, Prepared
 from celltyper.errors import ConfigError
 
 
-class TimmPyramid(nn.Module):
+class TimmPyramid(Prepared):
     """A timm network with several resolutions that gives feature maps for images of any size.
 
     The maps are those of timm's ``features_only`` models: as they leave a level, without the
@@ -108,23 +108,11 @@ class TimmPyramid(nn.Module):
         )
         return list(maps)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Pooled embedding, as timm's classifier would get it.
-
-        Parameters
-        ----------
-        images : Tensor, shape (B, 3, H, W)
-            RGB in [0, 1]; scaled and cut to the input size.
-
-        Returns
-        -------
-        Tensor, shape (B, embed_dim)
-            One vector an image.
-        """
-        return self.embed_whole(self.prepare.crop(images))
-
     def embed_whole(self, images: Tensor) -> Tensor:
-        """As `embed`, of images that are neither scaled nor cut."""
+        """As `embed`, of images that are neither scaled nor cut.
+
+        What timm's classifier would get.
+        """
         features = self.model.forward_features(self.prepare.whole(images))
         vectors: Tensor = self.model.forward_head(features, pre_logits=True)
         return vectors

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from celltyper.encoders.cards import EmbeddingRule, EncoderCard
-from celltyper.encoders.prepare import Prepare
+from celltyper.encoders.prepare import Prepare, Prepared
 from celltyper.errors import ConfigError
 
 
-class TimmViT(nn.Module):
+class TimmViT(Prepared):
     """A timm vision transformer that gives feature maps for images of any size.
 
     The maps are those of timm's ``forward_intermediates`` without prefix tokens; the last one
@@ -94,23 +94,11 @@ class TimmViT(nn.Module):
         maps[-1] = last.unflatten(2, (rows, cols))
         return list(maps)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Pooled embedding, by the card's rule; register tokens never take part.
-
-        Parameters
-        ----------
-        images : Tensor, shape (B, 3, H, W)
-            RGB in [0, 1]; scaled and cut to the input size.
-
-        Returns
-        -------
-        Tensor, shape (B, embed_dim)
-            One vector an image.
-        """
-        return self.embed_whole(self.prepare.crop(images))
-
     def embed_whole(self, images: Tensor) -> Tensor:
-        """As `embed`, of images that are neither scaled nor cut."""
+        """As `embed`, of images that are neither scaled nor cut.
+
+        By the card's rule; register tokens never take part.
+        """
         tokens = self.model.forward_features(self.prepare.whole(images))
         parts = []
         if self.embedding in ("cls", "cls+mean"):

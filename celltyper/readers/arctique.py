@@ -28,14 +28,9 @@ from celltyper.datasets.images import (
 )
 from celltyper.errors import DataError
 from celltyper.readers.arrays import as_integers, open_array, phenotypes_of_pixels
-from celltyper.readers.files import (
-    check_same_size,
-    files_by_stem,
-    folders_below,
-    split_of,
-    wrong_layout,
-)
+from celltyper.readers.files import check_same_size, files_by_stem, split_of, wrong_layout
 from celltyper.readers.meta import check_splits
+from celltyper.readers.tree import folders_below
 from celltyper.types import Labels, Sample
 
 TREE = "images/img_<id>.png with masks/instance/<id>.png and masks/semantic/<id>.png (or .npy)"

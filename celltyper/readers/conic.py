@@ -21,8 +21,9 @@ from celltyper.datasets.dataset import Dataset, listing
 from celltyper.datasets.images import as_labels
 from celltyper.errors import DataError
 from celltyper.readers.arrays import as_integers, as_rgb, open_array, phenotypes_of_pixels
-from celltyper.readers.files import folders_below, read_table, wrong_layout
+from celltyper.readers.files import read_table, wrong_layout
 from celltyper.readers.lizard import CLASSES, MPP, centre_of
+from celltyper.readers.tree import folders_below
 from celltyper.types import Sample
 
 TREE = "images.npy (N, 256, 256, 3), labels.npy (N, 256, 256, 2) and patch_info.csv (one column)"

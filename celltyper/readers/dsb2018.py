@@ -22,15 +22,10 @@ import numpy as np
 from celltyper.datasets.dataset import Dataset, listing
 from celltyper.datasets.images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image
 from celltyper.errors import DataError
-from celltyper.readers.files import (
-    check_same_size,
-    files_by_stem,
-    find_folders,
-    subfolders,
-    wrong_layout,
-)
+from celltyper.readers.files import check_same_size, files_by_stem, wrong_layout
 from celltyper.readers.folder import ONE_CLASS
 from celltyper.readers.polygons import painting_order, phenotypes_at
+from celltyper.readers.tree import find_folders, subfolders
 from celltyper.types import Sample
 
 logger = logging.getLogger(__name__)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from celltyper.datasets.dataset import listing
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.errors import DataError
+from celltyper.readers.tree import folders_below, subfolders
 
 
 def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
@@ -35,17 +35,9 @@ def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    found: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or file.suffix.lower() not in suffixes:
-            continue
-        if file.stem in found:
-            raise DataError(
-                f"{folder}: {found[file.stem].name!r} and {file.name!r} have the same stem; "
-                "names must be unique"
-            )
-        found[file.stem] = file
-    return dict(sorted(found.items()))
+    visible = (f for f in sorted(folder.iterdir()) if not f.name.startswith("."))
+    files = (f for f in visible if f.suffix.lower() in suffixes)
+    return _by_stem(folder, files, lambda f: repr(f.name))
 
 
 def check_pairs(path: Path, images: dict[str, Path], labels: dict[str, Path], folder: str) -> None:
@@ -103,53 +95,6 @@ def sample_groups(path: Path, names: dict[str, Path], groups: Any) -> dict[str, 
     return {name: groups.get(name, name) for name in names}
 
 
-MAX_DEPTH = 4
-MAX_FOLDERS = 500
-
-
-def folders_below(path: Path, strict: bool = True) -> Iterator[tuple[Path, list[str]]]:
-    """Folders of an unpacked dataset with the names of their files, at most four levels down.
-
-    Hidden files and folders, ``__MACOSX`` and folders of overlays (pictures for people, with the
-    names of the images) are passed over.
-
-    Parameters
-    ----------
-    path : Path
-        Where to start.
-    strict : bool
-        Refuse a tree of more than 500 folders; else stop there.
-
-    Yields
-    ------
-    folder : Path
-        Beginning with `path`; in the order of their names.
-    names : list of str
-        Sorted.
-
-    Raises
-    ------
-    DataError
-        If the tree is too large to be one dataset.
-    """
-    for seen, (folder, below, names) in enumerate(os.walk(path, followlinks=True), start=1):
-        here = Path(folder)
-        deep = len(here.relative_to(path).parts) >= MAX_DEPTH
-        below[:] = sorted(
-            n
-            for n in below
-            if not (deep or n.startswith(".") or n == "__MACOSX" or "overlay" in n.lower())
-        )
-        if seen > MAX_FOLDERS:
-            if strict:
-                raise DataError(
-                    f"{path}: more than {MAX_FOLDERS} folders below it; name the folder of the "
-                    "dataset itself"
-                )
-            return
-        yield here, sorted(n for n in names if not n.startswith("."))
-
-
 def files_below(path: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """Files of a tree by stem, sorted.
 
@@ -172,15 +117,20 @@ def files_below(path: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder")
+    files = (folder / n for folder, names in folders_below(path) for n in names)
+    wanted = (f for f in files if f.name.lower().endswith(suffixes))
+    return _by_stem(path, wanted, lambda f: str(f.relative_to(path)))
+
+
+def _by_stem(path: Path, files: Iterable[Path], shown: Callable[[Path], str]) -> dict[str, Path]:
+    """Files in order of their stems, each of which there is once."""
     found: dict[str, Path] = {}
-    for folder, names in folders_below(path):
-        for file in (folder / n for n in names if n.lower().endswith(suffixes)):
-            if file.stem in found:
-                raise DataError(
-                    f"{path}: {found[file.stem].relative_to(path)} and {file.relative_to(path)} "
-                    "have the same stem; names must be unique"
-                )
-            found[file.stem] = file
+    for file in files:
+        other = found.setdefault(file.stem, file)
+        if other is not file:
+            raise DataError(
+                f"{path}: {shown(other)} and {shown(file)} have the same stem; names must be unique"
+            )
     return dict(sorted(found.items()))
 
 
@@ -276,55 +226,6 @@ def split_of(file: Path, path: Path) -> str | None:
     names = {"val": "valid", "validation": "valid"}
     found = [names.get(p.lower(), p.lower()) for p in parts]
     return next((p for p in reversed(found) if p in ("train", "valid", "test")), None)
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """Visible folders in a folder, sorted; what archivers leave behind is passed over."""
-    try:
-        with os.scandir(folder) as entries:
-            names = [e.name for e in entries if e.is_dir() and os.access(e.path, os.R_OK | os.X_OK)]
-    except OSError:
-        return []
-    return [folder / n for n in sorted(names) if not n.startswith((".", "__MACOSX"))]
-
-
-def find_folders(
-    path: Path, fits: Callable[[Path], bool], levels: int = 2, limit: int = 500
-) -> Iterator[Path]:
-    """Folders of some kind at or below a folder, the nearest first.
-
-    Parameters
-    ----------
-    path : Path
-        Where to begin.
-    fits : callable
-        Whether a folder is one; inside of those nothing is looked for.
-    levels : int
-        How far down to look.
-    limit : int
-        Folders looked at before giving up.
-
-    Yields
-    ------
-    Path
-        Each folder that fits.
-    """
-    level = [path] if path.is_dir() else []
-    for depth in range(levels + 1):
-        others = []
-        for folder in level[:limit]:
-            try:
-                found = fits(folder)
-            except OSError:  # not readable by this user, or gone since
-                continue
-            if found:
-                yield folder
-            else:
-                others.append(folder)
-        limit -= len(level)
-        if depth == levels or limit <= 0:
-            return
-        level = [inner for folder in others for inner in subfolders(folder)]
 
 
 def wrong_layout(path: Path, layout: str, tree: str) -> DataError:

@@ -18,14 +18,10 @@ from celltyper.datasets.dataset import Dataset, listing
 from celltyper.datasets.images import as_labels, read_image
 from celltyper.errors import DataError
 from celltyper.readers.arrays import as_integers, phenotypes_of_rows
-from celltyper.readers.files import (
-    check_same_size,
-    folders_below,
-    images_and_labels_below,
-    read_table,
-)
+from celltyper.readers.files import check_same_size, images_and_labels_below, read_table
 from celltyper.readers.matlab import has_variables, read_mat
 from celltyper.readers.meta import check_splits
+from celltyper.readers.tree import folders_below
 from celltyper.types import Sample
 
 TREE = (

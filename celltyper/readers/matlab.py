@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from celltyper.datasets.dataset import listing
 from celltyper.errors import DataError
 from celltyper.readers.arrays import import_h5py, unreadable
-from celltyper.readers.files import folders_below
+from celltyper.readers.tree import folders_below
 
 _ERRORS = (
     OSError,

@@ -15,17 +15,16 @@ patient: of a folder named by a TCGA barcode its first 12 characters, otherwise 
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 
 from celltyper.datasets.dataset import Dataset, listing
 from celltyper.datasets.images import read_image
 from celltyper.errors import DataError
 from celltyper.readers.aperio import read_aperio
-from celltyper.readers.files import files_by_stem, find_folders, wrong_layout
-from celltyper.readers.meta import check_splits
-from celltyper.readers.monuseg import MPP, tcga_patient
+from celltyper.readers.files import files_by_stem, wrong_layout
+from celltyper.readers.monuseg import MPP, outlined, tcga_patient
 from celltyper.readers.polygons import phenotypes_at, rasterise, ring_polygon
+from celltyper.readers.tree import find_folders
 from celltyper.types import UNKNOWN, Sample
 
 TREE = "<patient>/<name>.svs (or .tif) with <patient>/<name>.xml (MoNuSAC)"
@@ -94,18 +93,7 @@ def read_monusac(path: str | Path) -> Dataset:
         splits[split] = (*splits[split], *here)
     if not all(splits.values()):
         splits = {}
-    check_splits(path, splits, groups)
-    images = dict(sorted(images.items()))
-    return Dataset(
-        name="MoNuSAC",
-        path=path,
-        classes=CLASSES,
-        mpp=MPP,
-        names=tuple(images),
-        groups=groups,
-        read=partial(_read_sample, images=images, notes=notes, groups=groups),
-        splits=splits,
-    )
+    return outlined("MoNuSAC", path, CLASSES, _read_sample, images, notes, groups, splits)
 
 
 def _is_patient(folder: Path) -> bool:

@@ -13,6 +13,7 @@ Nuclei have no class. The group is the patient, the first 12 characters of a TCG
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from celltyper.datasets.dataset import Dataset, listing
 from celltyper.datasets.images import read_image
 from celltyper.errors import DataError
 from celltyper.readers.aperio import read_aperio
-from celltyper.readers.files import files_by_stem, find_folders, subfolders, wrong_layout
+from celltyper.readers.files import files_by_stem, wrong_layout
 from celltyper.readers.folder import ONE_CLASS
 from celltyper.readers.meta import check_splits
 from celltyper.readers.polygons import phenotypes_at, rasterise, ring_polygon
+from celltyper.readers.tree import find_folders, subfolders
 from celltyper.types import Sample
 
 TREE = "'Tissue Images'/<name>.tif with Annotations/<name>.xml (MoNuSeg)"
@@ -72,19 +74,32 @@ def read_monuseg(path: str | Path) -> Dataset:
         place = str(part.relative_to(path)).lower()
         split = next((s for s in ("train", "test") if s in place), "")
         splits[split] = (*splits.get(split, ()), *here)
-    images = dict(sorted(images.items()))
     groups = {name: tcga_patient(name) for name in images}
     if set(splits) != {"train", "test"}:
         splits = {}
+    return outlined("MoNuSeg", path, ONE_CLASS, _read_sample, images, notes, groups, splits)
+
+
+def outlined(
+    name: str,
+    path: Path,
+    classes: tuple[str, ...],
+    read: Callable[..., Sample],
+    images: Mapping[str, Path],
+    notes: Mapping[str, Path],
+    groups: Mapping[str, str],
+    splits: Mapping[str, tuple[str, ...]],
+) -> Dataset:
+    """Make a dataset of images that have one XML each, by name; 0.25 micrometres per pixel."""
     check_splits(path, splits, groups)
     return Dataset(
-        name="MoNuSeg",
+        name=name,
         path=path,
-        classes=ONE_CLASS,
+        classes=classes,
         mpp=MPP,
-        names=tuple(images),
+        names=tuple(sorted(images)),
         groups=groups,
-        read=partial(_read_sample, images=images, notes=notes, groups=groups),
+        read=partial(read, images=images, notes=notes, groups=groups),
         splits=splits,
     )
 

@@ -27,17 +27,11 @@ import shapely
 from celltyper.datasets.dataset import Dataset, listing
 from celltyper.datasets.images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image, read_label_image
 from celltyper.errors import DataError
-from celltyper.readers.files import (
-    check_same_size,
-    files_by_stem,
-    find_folders,
-    sample_groups,
-    subfolders,
-    wrong_layout,
-)
+from celltyper.readers.files import check_same_size, files_by_stem, sample_groups, wrong_layout
 from celltyper.readers.folder import ONE_CLASS
 from celltyper.readers.meta import check_splits, read_meta
 from celltyper.readers.polygons import phenotypes_at, rasterise, ring_polygon
+from celltyper.readers.tree import find_folders, subfolders
 from celltyper.types import Labels, Sample
 
 TREE = (

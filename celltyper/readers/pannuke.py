@@ -23,8 +23,9 @@ from celltyper.datasets.dataset import Dataset
 from celltyper.datasets.images import as_labels
 from celltyper.errors import DataError
 from celltyper.readers.arrays import as_integers, as_rgb, open_array
-from celltyper.readers.files import folders_below, wrong_layout
+from celltyper.readers.files import wrong_layout
 from celltyper.readers.meta import check_splits
+from celltyper.readers.tree import folders_below
 from celltyper.types import Labels, Sample
 
 TREE = (

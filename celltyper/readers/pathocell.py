@@ -31,8 +31,9 @@ from celltyper.readers.arrays import (
     phenotypes_of_pixels,
     unreadable,
 )
-from celltyper.readers.files import files_below, folders_below, read_table, wrong_layout
+from celltyper.readers.files import files_below, read_table, wrong_layout
 from celltyper.readers.meta import check_splits
+from celltyper.readers.tree import folders_below
 from celltyper.types import UNKNOWN, Image, Labels, Sample
 
 TREE = (

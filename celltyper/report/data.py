@@ -24,6 +24,8 @@ class Metric(NamedTuple):
     high: float | None
     rule: str
     """One line that tells the reader what was counted, e.g. ``"IoU > 0.5, classes averaged"``."""
+    deviation: float | None = None
+    """Standard deviation over runs, if there are several."""
 
 
 Cell = str | int | float | Metric | None
@@ -36,6 +38,15 @@ class Table(NamedTuple):
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
+
+
+class Curves(NamedTuple):
+    """Charts of scores over something else than training steps."""
+
+    title: str
+    x_label: str
+    charts: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
+    """Points ``(x, y)``, finite, by line, by chart."""
 
 
 class Reliability(NamedTuple):
@@ -122,6 +133,10 @@ class Report:
         Headline figures.
     interval : str
         What the intervals are, e.g. ``"95 % interval, bootstrap over 12 patients"``.
+    tables : mapping of str to Table
+        Further tables by heading.
+    curves : Curves, optional
+        Further charts.
     per_class : Table, optional
         One row per class.
     confusion : ndarray, shape (K + 1, K + 1), optional
@@ -156,6 +171,8 @@ class Report:
     warnings: Sequence[str] = ()
     metrics: Sequence[Metric] = ()
     interval: str = "95 % interval"
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    curves: Curves | None = None
     per_class: Table | None = None
     confusion: NDArray[np.generic] | None = None
     confusion_rule: str = ""
@@ -174,16 +191,16 @@ class Report:
                 f"report: the confusion matrix must be {size} x {size} (no nucleus and "
                 f"{size - 1} classes), got {self.confusion.shape}"
             )
-        if self.per_class is not None:
-            for row in self.per_class.rows:
-                if len(row) != len(self.per_class.columns):
+        for table in (*self.tables.values(), *([self.per_class] if self.per_class else [])):
+            for row in table.rows:
+                if len(row) != len(table.columns):
                     raise DataError(
                         f"report: table row {row[:1]} has {len(row)} cells for "
-                        f"{len(self.per_class.columns)} columns"
+                        f"{len(table.columns)} columns"
                     )
         for image in self.images:
-            for table in (image.phenotypes, image.ref_phenotypes):
-                top = 0 if table is None else int(table.max(initial=0))
+            for classes in (image.phenotypes, image.ref_phenotypes):
+                top = 0 if classes is None else int(classes.max(initial=0))
                 if top >= size:
                     raise DataError(
                         f"report image {image.name!r}: a cell has class {top}, "

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from celltyper.atomic import write_text
 from celltyper.report.agreement import RULE
-from celltyper.report.data import Cell, Metric, Reliability, Report
+from celltyper.report.data import Cell, Curves, Metric, Reliability, Report
 from celltyper.report.figures import make_figures
 from celltyper.report.overlay import UNTYPED
-from celltyper.report.plots import line_chart, line_key, reliability_diagram
+from celltyper.report.plots import Points, line_chart, line_key, reliability_diagram
 
 DASH = "–"  # noqa: RUF001
 """Shown where a number is not known."""
@@ -95,6 +95,7 @@ def render(report: Report) -> str:
         agreement_rule=RULE,
         confusion=None if report.confusion is None else confusion_rows(report.confusion),
         charts=learning_curves(report.history),
+        curves=[] if report.curves is None else _curve_charts(report.curves),
         diagram=None if report.reliability is None else reliability_diagram(report.reliability),
         bins=[] if report.reliability is None else _bins(report.reliability),
     )
@@ -201,12 +202,26 @@ def learning_curves(history: Mapping[str, Sequence[float | None]]) -> list[Chart
     charts = []
     for title, group in (("Loss", losses), ("Validation scores", scores)):
         if group:
-            shown, rest = group[:_LINES], [name for name, _ in group[_LINES:]]
-            svg = line_chart(f"{title} over training", clock or "row", shown)
-            keys = [(line_key(i), name) for i, (name, _) in enumerate(shown)]
-            note = f"Not drawn: {', '.join(rest)} (see history.csv)." if rest else ""
-            charts.append(Chart(title, svg, keys, note))
+            spoken = f"{title} over training"
+            charts.append(_chart(title, spoken, clock or "row", group, "history.csv"))
     return charts
+
+
+def _curve_charts(curves: Curves) -> list[Chart]:
+    return [
+        _chart(title, f"{title} over {curves.x_label}", curves.x_label, [*lines.items()], "tables")
+        for title, lines in curves.charts.items()
+    ]
+
+
+def _chart(
+    title: str, spoken: str, x_label: str, lines: Sequence[tuple[str, Points]], rest_in: str
+) -> Chart:
+    """Chart of as many lines as a reader can tell apart; the others are named."""
+    shown, rest = lines[:_LINES], [name for name, _ in lines[_LINES:]]
+    keys = [(line_key(i), name) for i, (name, _) in enumerate(shown)]
+    note = f"Not drawn: {', '.join(rest)} (see {rest_in})." if rest else ""
+    return Chart(title, line_chart(spoken, x_label, shown), keys, note)
 
 
 def _bins(table: Reliability) -> list[tuple[float | None, float | None, int]]:

@@ -1,0 +1,182 @@
+"""Which images every run of a protocol trains on, validates on and is tested on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from celltyper.config import Data
+from celltyper.datasets import Dataset, split_by_group
+from celltyper.datasets.dataset import listing
+from celltyper.datasets.splitting import (
+    Counts,
+    Names,
+    group_folds,
+    leave_out_domain,
+    nested_fractions,
+)
+from celltyper.errors import DataError
+from celltyper.protocols.protocol import Protocol
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a protocol.
+
+    Parameters
+    ----------
+    path : str
+        Its folder, inside that of the protocol, ``/`` between levels.
+    variant : str
+        Name of the variant, "" if there is only the config.
+    part : str
+        What is tested: ``fold-1``, ``centre-dpath`` or the name of a split.
+    domain : str
+        The domain that is left out, "" otherwise.
+    fraction : float
+        Share of the training nuclei that was asked for.
+    reached : float
+        Share that whole groups made of it.
+    seed : int
+    train, val, test : tuple of str
+        Names of the images; `val` may be empty.
+    """
+
+    path: str
+    variant: str
+    part: str
+    domain: str
+    fraction: float
+    reached: float
+    seed: int
+    train: Names
+    val: Names
+    test: Names
+
+
+class _Part(NamedTuple):
+    name: str
+    domain: str
+    rest: Dataset
+    """Images to train on, and to hold validation images out of unless `val` is given."""
+    val: Names | None
+    test: Names
+
+
+def plan_runs(
+    protocol: Protocol,
+    data: Data,
+    whole: Dataset,
+    counts: Counts,
+    seeds: Sequence[int],
+    variants: Sequence[str],
+) -> list[PlannedRun]:
+    """Divide the images for every run.
+
+    Validation images are held out of a part's training images before a fraction is taken, so that
+    they are the same for all fractions; all variants have the same images.
+
+    Parameters
+    ----------
+    protocol : Protocol
+    data : Data
+        Names of the splits to train and validate on, and the share to hold out.
+    whole : Dataset
+        From `celltyper.parts.open_whole`.
+    counts : mapping of str to ndarray
+        Nuclei of every class by sample name.
+    seeds : sequence of int
+    variants : sequence of str
+        Names, "" for the config itself.
+
+    Returns
+    -------
+    list of PlannedRun
+        In the order in which they are run: seeds, parts, fractions, variants.
+
+    Raises
+    ------
+    DataError
+        If the images cannot be divided so, or a group would be on two sides.
+    """
+    runs = []
+    for seed in seeds:
+        for part in _parts(protocol, data, whole, counts, seed):
+            train, val = part.rest, part.val
+            if val is None and data.val_fraction:
+                train, held_out = split_by_group(part.rest, data.val_fraction, seed, counts)
+                val = held_out.names
+            fractions = nested_fractions(train, protocol.fractions, seed, counts)
+            for fraction, taken in fractions.items():
+                sides = taken.names, val or (), part.test
+                _check_sides(whole, part.name, sides)
+                for variant in variants:
+                    levels = [
+                        variant if len(variants) > 1 else "",
+                        part.name,
+                        f"fraction-{fraction:g}" if len(fractions) > 1 else "",
+                        f"seed-{seed}" if len(seeds) > 1 else "",
+                    ]
+                    path = "/".join(level for level in levels if level)
+                    about = variant, part.name, part.domain, fraction, taken.reached, seed
+                    runs.append(PlannedRun(path, *about, *sides))
+    return runs
+
+
+def _parts(
+    protocol: Protocol, data: Data, whole: Dataset, counts: Counts, seed: int
+) -> Iterator[_Part]:
+    splits = whole.splits
+    if protocol.folds is not None:
+        named = (*splits.get(data.train, ()), *splits.get(data.val, ()))
+        base = whole.subset(named) if data.train in splits else whole
+        for number, fold in enumerate(group_folds(base, protocol.folds, seed, counts), 1):
+            rest = base.subset(n for n in base.names if n not in set(fold))
+            yield _Part(f"fold-{number}", "", rest, None, fold)
+    elif protocol.leave_out is not None:
+        listed = {name for names in splits.values() for name in names}
+        base = whole
+        if data.split is not None:
+            base = whole.subset(n for n in whole.names if n in listed)
+        slugs: dict[str, str] = {}
+        for domain, (rest, held_out) in leave_out_domain(base, protocol.leave_out).items():
+            slug = _slug(f"{protocol.leave_out}-{domain}")
+            other = slugs.setdefault(slug, domain)
+            if other != domain:
+                raise DataError(
+                    f"{whole.path}: {protocol.leave_out} {other!r} and {domain!r} would both be "
+                    f"the folder {slug}; rename one"
+                )
+            yield _Part(slug, domain, rest, None, held_out.names)
+    else:
+        assert protocol.test is not None
+        test = splits.get(protocol.test, ())
+        if not test or protocol.test in (data.train, data.val):
+            known = ", ".join(name for name in splits if name not in (data.train, data.val))
+            raise DataError(
+                f"{data.split or whole.path}: no split {protocol.test!r} to test on (there are: "
+                f"{known or 'none'})"
+            )
+        # without a file of splits, named validation images are a choice of the data's authors
+        val = splits.get(data.val, None if data.split is None else ())
+        aside = {*test, *(val or ())}
+        train = splits.get(data.train, tuple(n for n in whole.names if n not in aside))
+        yield _Part(_slug(protocol.test), "", whole.subset(train), val, test)
+
+
+def _check_sides(whole: Dataset, part: str, sides: tuple[Names, Names, Names]) -> None:
+    """Refuse a group on two sides, whatever way the images were divided."""
+    train, val, test = ({whole.groups[n] for n in names} for names in sides)
+    both = sorted((train & val) | (train & test) | (val & test))
+    if both:
+        raise DataError(
+            f"{whole.path}, {part}: {listing(both)} would be on two sides of training, validation "
+            "and test; correct the groups or the splits of the data"
+        )
+
+
+def _slug(text: str) -> str:
+    """Name of a folder on every file system."""
+    return re.sub(r"[^\w-]+", "-", text).strip("-") or "part"

@@ -1,0 +1,132 @@
+"""What a protocol is made of, and how its YAML file is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from celltyper.config import Config, Section, first_problem, one_line, parse_config, recipes
+from celltyper.errors import ConfigError, unknown_name
+
+FIXED = ("train", "val", "split", "val_fraction", "root", "reader", "taxonomy")
+"""Keys of ``data`` that decide which images and classes there are, the same for all variants."""
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+
+
+class Protocol(Section):
+    """Which runs there are: every test part x fraction x seed x variant.
+
+    Exactly one of ``folds`` (number of folds of whole groups), ``leave_out`` (an axis of the
+    data's domains, such as centre) and ``test`` (a split that the data, or ``data.split``, name)
+    says what is tested. ``fractions`` are of the training images, nested. ``seeds`` decide
+    weights, order and augmentation, and which groups are in which fold, fraction and validation;
+    by default it is the seed of the config. ``variants`` are values of ``section.key`` in place of
+    the config's.
+    """
+
+    folds: int | None = Field(None, ge=2)
+    leave_out: str | None = None
+    test: str | None = None
+    fractions: tuple[Share, ...] = Field((1.0,), min_length=1)
+    seeds: tuple[Seed, ...] = ()
+    variants: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_way_to_test(self) -> Protocol:
+        given = [k for k in ("folds", "leave_out", "test") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of folds, leave_out and test, got " + (", ".join(given) or "none")
+            )
+        for key in ("fractions", "seeds"):
+            values = getattr(self, key)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{key} lists a value twice: {', '.join(map(str, values))}")
+        for name, values in self.variants.items():
+            fixed = [k for k in values if k == "seed" or k in [f"data.{key}" for key in FIXED]]
+            if fixed:
+                raise ValueError(
+                    f"variant {name!r} sets {fixed[0]}: variants are compared on the same images, "
+                    "classes and seeds; set it in the config"
+                )
+        return self
+
+
+def protocol_files() -> dict[str, Path]:
+    """Protocols that come with celltyper, by name."""
+    folder = next(iter(recipes().values())).parent / "protocols"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_protocol(source: str | Path) -> Protocol:
+    """Read a protocol.
+
+    Parameters
+    ----------
+    source : str or Path
+        YAML file, or the name of a protocol that comes with celltyper (see `protocol_files`).
+
+    Returns
+    -------
+    Protocol
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing or not YAML, a key is unknown or a value is out of bounds.
+    """
+    path, known = Path(source), protocol_files()
+    if not path.is_file():
+        if path.suffix in {".yaml", ".yml", ".json"}:
+            raise ConfigError(
+                f"protocol {path} does not exist; those that come along: {', '.join(known)}"
+            )
+        if str(source) not in known:
+            raise unknown_name("protocol", str(source), known)
+        path = known[str(source)]
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys such as 'folds:', got {values!r}")
+    try:
+        return Protocol.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_problem(error, Protocol)}") from error
+
+
+def variant_configs(protocol: Protocol, config: Config) -> dict[str, Config]:
+    """Config of every variant.
+
+    Parameters
+    ----------
+    protocol : Protocol
+    config : Config
+
+    Returns
+    -------
+    dict of str to Config
+        By name; one of the name "" if the protocol lists none.
+
+    Raises
+    ------
+    ConfigError
+        Naming the variant, and the key that is unknown or out of bounds.
+    """
+    values = config.model_dump(mode="json")
+    return {
+        name: parse_config(
+            values,
+            [f"{key}={json.dumps(value)}" for key, value in own.items()],
+            where=f"variant {name!r}",
+        )
+        for name, own in (protocol.variants or {"": {}}).items()
+    }
