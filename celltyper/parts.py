@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,9 @@ from celltyper.datasets.dataset import listing
 from celltyper.errors import ConfigError, DataError
 from celltyper.readers import open_dataset, open_parts
 from celltyper.readers.meta import check_splits
+
+
+logger = logging.getLogger(__name__)
 
 
 class Parts(NamedTuple):
@@ -33,7 +37,8 @@ def divide(data: Data, seed: int) -> Parts:
     The parts are those of the file ``data.split``, if there is one; else the folders
     ``root/train`` and ``root/val``; else the splits that the dataset in ``root`` names. Where no
     validation images are named, a share ``val_fraction`` of the groups is held out, or none if
-    that is 0. Without ``val`` in a file of splits, nothing is validated.
+    that is 0. Without ``val`` in a file of splits, nothing is validated. Where no split is called
+    ``train``, all images train. Validation images may be called ``valid`` too.
 
     Parameters
     ----------
@@ -50,8 +55,8 @@ def divide(data: Data, seed: int) -> Parts:
     ConfigError
         If ``data.root`` is not set.
     DataError
-        If there is nothing to train on, the file of splits does not fit the images, classes of
-        the parts differ, or a group is on both sides.
+        If there is nothing to train on, a split that the config names is not there, the file of
+        splits does not fit the images, classes of the parts differ, or a group is on both sides.
     """
     if data.root is None:
         raise ConfigError("data.root is not set: pass --set data.root=FOLDER")
@@ -66,12 +71,24 @@ def divide(data: Data, seed: int) -> Parts:
         others = parts
     elif (data.root / data.train).is_dir():
         train = open_dataset(data.root / data.train, reader=data.reader, taxonomy=data.taxonomy)
-        if (data.root / data.val).is_dir():
-            val = open_dataset(data.root / data.val, reader=data.reader, taxonomy=data.taxonomy)
+        held_out = data.root / _val_among([f.name for f in data.root.iterdir()], data.val)
+        if held_out.is_dir():
+            val = open_dataset(held_out, reader=data.reader, taxonomy=data.taxonomy)
+        elif data.val != Data().val:
+            raise DataError(f"{data.root}: no folder {data.val} for data.val")
         else:
             train, val = _hold_out(train, data.val_fraction, seed)
     else:
         whole = open_dataset(data.root, reader=data.reader, taxonomy=data.taxonomy)
+        whole = _with_splits(whole, whole.splits, data, data.root)
+        if whole.splits and data.train not in whole.splits:
+            logger.warning(
+                "%s: none of its splits (%s) is %r: all images train or validate; data.train and "
+                "data.val name others",
+                data.root,
+                ", ".join(whole.splits),
+                data.train,
+            )
         # Images of a split for tests must not train because no validation images are named.
         train = whole.subset(whole.splits[data.train]) if data.train in whole.splits else whole
         if train is not whole and data.val in whole.splits:
@@ -113,10 +130,10 @@ def open_whole(data: Data) -> Dataset:
         raise ConfigError("data.root is not set: pass --set data.root=FOLDER")
     whole, _ = open_parts(data.root, data.reader, data.taxonomy)
     if data.split is None:
-        return whole
+        return _with_splits(whole, whole.splits, data, data.root)
     splits = read_splits(data.split)
     check_splits(data.split, splits, whole.groups)
-    return replace(whole, splits=splits)
+    return _with_splits(whole, splits, data, data.split)
 
 
 def read_splits(path: Path) -> dict[str, tuple[str, ...]]:
@@ -150,6 +167,27 @@ def read_splits(path: Path) -> dict[str, tuple[str, ...]]:
         if wrong:
             raise DataError(f"{path}: {part!r} holds {listing(wrong)}, not names; {expected}")
     return {part: tuple(names) for part, names in found.items()}
+
+
+def _with_splits(
+    whole: Dataset, splits: Mapping[str, tuple[str, ...]], data: Data, where: Path
+) -> Dataset:
+    """Give a dataset its splits, ``valid`` under the name in the config, and refuse wrong names."""
+    val = _val_among(splits, data.val)
+    splits = {data.val if name == val else name: names for name, names in splits.items()}
+    for key, name in (("train", data.train), ("val", data.val)):
+        if name not in splits and name != getattr(Data(), key):
+            raise DataError(
+                f"{where}: no split {name!r} for data.{key} (its splits: "
+                f"{', '.join(splits) or 'none'})"
+            )
+    return replace(whole, splits=splits)
+
+
+def _val_among(names: Iterable[str], wanted: str) -> str:
+    """What the validation images are called: many datasets say ``valid``."""
+    names = set(names)
+    return "valid" if wanted == "val" and "val" not in names and "valid" in names else wanted
 
 
 def _hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -120,11 +120,16 @@ def train(
         # Blocks of the encoder behind the last map that a decoder reads get no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if accelerator.is_main_process:
-        check_output(output, config, resume=resume, overwrite=overwrite)
     model = build_model(config, parts.train.classes, config.data.mpp, parts.train.colors)
     samples = [_at_mpp(sample, config.data.mpp) for sample in samples]
     cache = feature_cache(config, model) if config.encoder.cache else None
+    if cache is not None:
+        # The model is used on such tiles as it was trained and validated on.
+        model.tile, model.overlap = cache.tile, cache.overlap
+        own = {"tile": cache.tile, "overlap": cache.overlap}
+        config = config.model_copy(update={"infer": config.infer.model_copy(update=own)})
+    if accelerator.is_main_process:
+        check_output(output, config, resume=resume, overwrite=overwrite)
     if cache is not None:
         check_room(config, cache, [s.labels.shape for s in samples])
         views = range(config.encoder.cache)

@@ -369,7 +369,8 @@ def test_data_that_are_not_there(
     out = ("-o", tmp_path / "out")
     for command, *said in (
         (("eval", trained, tmp_path / "none", *out), tmp_path / "none", "no such folder"),
-        (("eval", trained, data, *out), data, "layout not recognised; a dataset is a folder"),
+        (("eval", trained, data, *out), data, "layout not recognised: found 'test/'"),
+        (("data", "info", data / "test" / "meta.json"), "meta.json: a file; give the folder"),
         (("eval", trained, data / "test", *out), "no file in labels/ for the images", "test5"),
         (("train", recipe, *out, "--set", f"data.root={data}"), "meta.json"),
         (("train", "unetr", *out), "data.root is not set"),

@@ -210,6 +210,40 @@ def test_shares_by_split_and_classes_that_a_split_lacks() -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_data_may_be_divided_in_several_ways() -> None:
+    """As PathoCell's published tables do: each image trains in one way and tests in another."""
+    a, b, c = clean("a"), replace(clean("b"), group="a"), clean("c")
+    twin = replace(a, name="twin", group="c")
+    splits = {
+        "stage_of_tumour-test": ("b",),
+        "stage_of_tumour-train": ("c",),
+        "base-valid": ("a", "b"),
+        "base-train": ("c", "twin"),
+    }
+    check = check_dataset(of(a, b, c, twin, splits=splits))
+    twins = (Place("a", note="same pixels as 'twin'"),)
+    assert found(check)["same image in two splits"] == twins
+    assert "group in two splits" not in found(check)
+    lines = check_text(check, "pathocell").splitlines()
+    heads = [line.split()[1:] for line in lines if line.startswith("class ")]
+    assert heads == [["stage…our-train", "stage…mour-test", "base-train"], ["base-valid", "all"]]
+    # a and b twice: in the last table four images of three nuclei, not six
+    nuclei = [line.split()[1:] for line in lines if line.startswith("nuclei ")]
+    assert nuclei == [["3", "3", "6"], ["6", "12"]]
+    leaky = splits | {"base-train": ("b", "c")} | {"base-valid": ("a",)}
+    check = check_dataset(of(a, b, c, splits=leaky))
+    assert found(check)["group in two splits"] == (
+        Place(note="group 'a' in base-valid and base-train"),
+    )
+
+
+def test_of_images_that_cannot_be_read_no_class_is_missed() -> None:
+    def read(name: str) -> Sample:
+        raise DataError(f"{name}: truncated")
+
+    assert [*found(check_dataset(replace(of(clean("a")), read=read)))] == ["unreadable"]
+
+
 def test_text_shows_errors_first_and_fits_a_terminal() -> None:
     names = [f"a rather long name of an image {i}" for i in range(9)]
     samples = [replace(clean(n), group="one") for n in names]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from celltyper.datasets import TileSampler
 from celltyper.encoders import load_encoder
 from celltyper.encoders.vit import TimmViT
 from celltyper.errors import ConfigError
+from celltyper.evaluation import score_image, summarise
 from celltyper.features import FeatureCache
 from celltyper.instances import build_instances
 from celltyper.predict import predict_maps
@@ -236,6 +238,20 @@ def test_training_runs_the_encoder_once_per_view(
     assert not seen
     assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     assert (first / "history.csv").read_text() == (again / "history.csv").read_text()
+
+
+def test_model_works_on_the_tiles_it_was_trained_on(made_data: Path, tmp_path: Path) -> None:
+    values = settings(made_data).model_dump()
+    values["infer"] |= {"tile": 60, "overlap": 10}
+    run = train(parse_config(values), tmp_path / "run", progress=False)
+    model = celltyper.load_model(run, allow_code=False)
+    assert (model.tile, model.overlap) == (64, 32)
+    rows = csv.DictReader((run / "history.csv").read_text().splitlines())
+    best = max(float(row["macro_f1"]) for row in rows)
+    samples = celltyper.open_dataset(made_data, "val")
+    scores = [score_image(celltyper.predict_image(model, s.image, s.mpp), s) for s in samples]
+    found = summarise(scores, samples.classes, resamples=0).scores["macro_f1"].value
+    assert found == pytest.approx(best, abs=0.01)
 
 
 @pytest.mark.parametrize(

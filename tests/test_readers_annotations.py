@@ -384,6 +384,15 @@ def test_wrong_points(marked: Path, rows: list[str], message: str) -> None:
         read_points(marked)
 
 
+def test_points_apart_by_semicolons(marked: Path) -> None:
+    """As spreadsheets save where the comma is the decimal mark."""
+    for sign in ";\t":
+        (marked / "a.csv").write_text(sign.join("xy") + f"{sign}class\n2,5{sign}2,5{sign}tumour\n")
+        assert points.recognises(marked)
+        with pytest.raises(DataError, match=r"a\.csv: columns are parted by .*; save it with com"):
+            read_points(marked)
+
+
 def test_misplaced_points(marked: Path, caplog: pytest.LogCaptureFixture) -> None:
     (marked / "a.csv").write_text("x,y,class\n8.5,2,t\n")
     with pytest.raises(DataError, match=r"a\.csv: row 1 lies outside the image \(8 x 6 px\)"):

@@ -91,6 +91,8 @@ class Description:
     nuclei : dict of str to tuple of int
         By split, nuclei of every class, those of unknown class last; images in no split are under
         ``"(no split)"``.
+    total : tuple of int
+        The same of all images: splits may share some.
     images_by_split : dict of str to int
     groups : int
     domains : dict of str to dict of str to int
@@ -106,6 +108,7 @@ class Description:
     mpp: Mapping[float | None, int]
     classes: tuple[str, ...]
     nuclei: Mapping[str, tuple[int, ...]]
+    total: tuple[int, ...]
     images_by_split: Mapping[str, int]
     groups: int
     domains: Mapping[str, Mapping[str, int]]
@@ -200,14 +203,50 @@ def check_dataset(
         images[_digest(sample)].append(name)
     for names in images.values():
         if len(names) > 1:
-            splits = {s for n in names for s in survey.splits_of[n]}
-            kind = "same image in two splits" if len(splits) > 1 else "same image twice"
+            leaks = opposed(s for n in names for s in survey.splits_of[n])
+            kind = "same image in two splits" if leaks else "same image twice"
             found[kind].append(Place(names[0], note=f"same pixels as {listing(names[1:])}"))
     description = survey.description()
     for kind, places in _problems_of_all(dataset, survey, description).items():
         found[kind] += places
     problems = [Problem(k, *KINDS[k], places=tuple(found[k])) for k in KINDS if found[k]]
     return Check(tuple(sorted(problems, key=lambda p: p.severity != "error")), description)
+
+
+def division_of(split: str) -> str:
+    """Which way of dividing a dataset a split belongs to, for there may be several.
+
+    Parameters
+    ----------
+    split : str
+
+    Returns
+    -------
+    str
+        ``"stage"`` of ``"stage-train"``, and alike before ``-val``, ``-valid`` and ``-test``;
+        else empty.
+    """
+    way, _, part = split.rpartition("-")
+    return way if part in ("train", "val", "valid", "test") else ""
+
+
+def opposed(splits: Iterable[str]) -> list[tuple[str, ...]]:
+    """Splits of one division each, where there are two or more of it.
+
+    Parameters
+    ----------
+    splits : iterable of str
+        That an image, or a group, is in.
+
+    Returns
+    -------
+    list of tuple of str
+        Each a leak.
+    """
+    ways: dict[str, dict[str, None]] = defaultdict(dict)
+    for split in splits:
+        ways[division_of(split)][split] = None
+    return [tuple(both) for both in ways.values() if len(both) > 1]
 
 
 class _Survey:
@@ -227,6 +266,7 @@ class _Survey:
             splits[NO_SPLIT] = None
         width = len(dataset.classes) + 1
         self.nuclei = {split: np.zeros(width, np.int64) for split in splits}
+        self.total = np.zeros(width, np.int64)
 
     def count(self, name: str, sample: Sample) -> None:
         height, width = sample.labels.shape
@@ -237,6 +277,7 @@ class _Survey:
         known = len(self.dataset.classes)
         column = np.where((found < 1) | (found > known), known, found - 1)
         row = np.bincount(column, minlength=known + 1)
+        self.total += row
         for split in self.splits_of[name] or [NO_SPLIT]:
             self.nuclei[split] += row
 
@@ -253,6 +294,7 @@ class _Survey:
             mpp=dict(self.mpp.most_common()),
             classes=data.classes,
             nuclei={s: tuple(map(int, row)) for s, row in self.nuclei.items()},
+            total=tuple(map(int, self.total)),
             images_by_split=names,
             groups=len({data.groups[n] for n in data.names}),
             domains={a: dict(Counter(v.values()).most_common()) for a, v in data.domains.items()},
@@ -343,21 +385,22 @@ def _problems_of_all(
     for kinds in alike.values():
         if len(kinds) > 1:
             found["classes of the same name"].append(Place(note=", ".join(map(repr, kinds))))
-    sides: dict[str, dict[str, None]] = defaultdict(dict)
+    sides: dict[str, list[str]] = defaultdict(list)
     for name, splits in survey.splits_of.items():
-        sides[dataset.groups[name]].update(dict.fromkeys(splits))
-    for group, both in sides.items():
-        if len(both) > 1:
+        sides[dataset.groups[name]] += splits
+    for group, splits in sides.items():
+        for both in opposed(splits):
             note = f"group {group!r} in {' and '.join(both)}"
             found["group in two splits"].append(Place(note=note))
+    if not survey.sizes:  # not one image could be read
+        return found
     if len(survey.mpp) > 1:
         note = ", ".join(f"{n} at {m or 'unknown'}" for m, n in survey.mpp.items())
         found["several resolutions"].append(Place(note=f"images: {note}"))
-    total = np.sum(list(description.nuclei.values()), axis=0)
     for split, counts in description.nuclei.items():
         for k, kind in enumerate(dataset.classes):
             if counts[k] == 0 and (split != NO_SPLIT or len(description.nuclei) == 1):
-                where = f"in {split}" if total[k] else "anywhere"
+                where = f"in {split}" if description.total[k] else "anywhere"
                 place = Place(note=f"no {kind!r} {where}")
                 if place not in found["class missing in a split"]:
                     found["class missing in a split"].append(place)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from celltyper.datasets.checking import Check, Description, Place, Problem
+from celltyper.datasets.checking import Check, Description, Place, Problem, division_of
 
 WIDTH = 80
 EXAMPLES = 3
@@ -106,10 +106,10 @@ def _place(place: Place) -> str:
 
 def _class_tables(about: Description) -> list[str]:
     """Nuclei and shares of every class, some splits side by side."""
-    columns: dict[str, Sequence[int]] = dict(about.nuclei)
+    columns: dict[str, Sequence[int]] = {s: about.nuclei[s] for s in _in_order(about.nuclei)}
     images = dict(about.images_by_split)
     if len(columns) > 1:
-        columns["all"] = [sum(row) for row in zip(*columns.values(), strict=True)]
+        columns["all"] = about.total
         images["all"] = about.images
     names = [*about.classes, "(class unknown)"]
     if not any(counts[-1] for counts in columns.values()):
@@ -132,8 +132,21 @@ def _class_tables(about: Description) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+def _in_order(splits: Iterable[str]) -> list[str]:
+    """Training before validation before test, others behind as they come."""
+    parts = ("train", "val", "valid", "test")
+    ways = list(dict.fromkeys(map(division_of, splits)))
+
+    def place(split: str) -> tuple[int, int]:
+        part = split.rpartition("-")[2]
+        return ways.index(division_of(split)), (*parts, part).index(part)
+
+    return sorted(splits, key=place)
+
+
 def _short(name: str) -> str:
-    return name if len(name) < 15 else name[:13] + "…"
+    """A name that fits a column; its end says most, as in ``tumou…lit-train``."""
+    return name if len(name) <= 15 else f"{name[:5]}…{name[-9:]}"
 
 
 def _counted(values: Mapping[str, int], most: int = 20) -> str:

@@ -74,8 +74,7 @@ def open_dataset(
     """
     path = Path(path)
     _check_reader(reader)
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder; a dataset is a folder, {_trees()}")
+    _check_folder(path)
     if split and _is_parent_of(path, split):
         return open_dataset(path / split, reader=reader, taxonomy=taxonomy)
     dataset = _read(path, recognise(path) if reader == "auto" else reader)
@@ -199,8 +198,7 @@ def recognise(path: Path) -> str:
     DataError
         If none does, or several do.
     """
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder; a dataset is a folder, {_trees()}")
+    _check_folder(path)
     found = _recognised(path)
     if len(found) == 1:
         return found[0]
@@ -211,9 +209,15 @@ def recognise(path: Path) -> str:
         )
     names = sorted(f.name + "/" * f.is_dir() for f in path.iterdir() if f.name[0] != ".")
     raise DataError(
-        f"{path}: layout not recognised; a dataset is a folder, {_trees()}; "
-        f"found {listing(names) or 'nothing'}"
+        f"{path}: layout not recognised: found {listing(names) or 'nothing'}; expected {_trees()}"
     )
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_file():
+        raise DataError(f"{path}: a file; give the folder of the dataset")
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder")
 
 
 def _check_reader(reader: str) -> None:

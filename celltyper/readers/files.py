@@ -189,7 +189,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
     Raises
     ------
     DataError
-        If the file cannot be read, or a row has another number of fields than the header.
+        If the file cannot be read, its columns are not parted by commas, or a row has another
+        number of fields than the header.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -198,6 +199,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
         raise DataError(f"{path}: not readable as UTF-8 CSV ({error})") from None
     if not rows:
         raise DataError(f"{path}: empty; a header line is expected")
+    if len(rows[0]) == 1 and (";" in rows[0][0] or "\t" in rows[0][0]):
+        raise DataError(
+            f"{path}: columns are parted by semicolons or tabs; save it with commas, and a point "
+            "as the decimal mark"
+        )
     for row in rows[1:]:
         if len(row) != len(rows[0]):
             raise DataError(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -144,7 +145,7 @@ def _is_table(file: Path) -> bool:
         return False
     with file.open("rb") as stream:
         head = stream.readline(4096).decode("utf-8-sig", "replace")
-    return {"x", "y"} <= {c.strip().strip('"').lower() for c in head.split(",")}
+    return {"x", "y"} <= {c.strip().strip('"').lower() for c in re.split("[,;\t]", head)}
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
