@@ -16,7 +16,7 @@ from celltyper.readers import open_dataset
 
 
 def written(made_data: Path, root: Path, splits: dict[str, tuple[str, ...]]) -> Path:
-    """Five images in one folder, divided as told."""
+    """Four images in one folder, divided as told."""
     samples = [s for part in ("train", "val") for s in open_dataset(made_data / part)]
     write_folder(root, samples, ("blue", "brown"), 0.5, {"splits": splits})
     return root
@@ -28,11 +28,11 @@ def names(data: Dataset) -> set[str]:
 
 def test_validation_images_may_be_called_valid(made_data: Path, tmp_path: Path) -> None:
     """As in PathoCell's tables and Arctique's folders."""
-    held = ("train0", "train1")
-    root = written(made_data, tmp_path / "a", {"train": ("train2", "train3"), "valid": held})
+    held = ("train1", "train2")
+    root = written(made_data, tmp_path / "a", {"train": ("train3", "val4"), "valid": held})
     train, val, _ = divide(Data(root=root), seed=0)
-    assert (names(train), names(val)) == ({"train2", "train3"}, set(held))
-    assert open_whole(Data(root=root)).splits == {"train": ("train2", "train3"), "val": held}
+    assert (names(train), names(val)) == ({"train3", "val4"}, set(held))
+    assert open_whole(Data(root=root)).splits == {"train": ("train3", "val4"), "val": held}
     _, val, _ = divide(Data(root=root, val="valid"), seed=0)
     assert names(val) == set(held)
     for part, folder in (("train", "train"), ("val", "valid")):
@@ -44,7 +44,7 @@ def test_validation_images_may_be_called_valid(made_data: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("key", ["train", "val"])
 def test_a_split_that_is_named_must_be_there(made_data: Path, tmp_path: Path, key: str) -> None:
-    root = written(made_data, tmp_path / "a", {"fold1": ("train0",), "fold2": ("train1",)})
+    root = written(made_data, tmp_path / "a", {"fold1": ("train1",), "fold2": ("train2",)})
     said = f"no split 'fold_1' for data.{key} .its splits: fold1, fold2."
     for place in (root, root / "none"):
         config = Data(root=place, **{key: "fold_1"})
@@ -55,7 +55,7 @@ def test_a_split_that_is_named_must_be_there(made_data: Path, tmp_path: Path, ke
     with pytest.raises(DataError, match=r"no folder tuning for data\.val"):
         divide(Data(root=made_data, val="tuning"), seed=0)
     split = tmp_path / "s.yaml"
-    split.write_text("{train: [train0, train1], val: [train2]}")
+    split.write_text("{train: [train1, train2], val: [train3]}")
     with pytest.raises(DataError, match=rf"s\.yaml: no split 'fold_1' for data\.{key} .its splits: "):
         divide(Data(root=root, split=split, **{key: "fold_1"}), seed=0)
 
@@ -64,11 +64,11 @@ def test_splits_that_take_no_part_are_said(
     made_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    root = written(made_data, tmp_path / "a", {"1": ("train0",), "2": ("train1", "train2")})
+    root = written(made_data, tmp_path / "a", {"1": ("train1",), "2": ("train2", "train3")})
     train, val, _ = divide(Data(root=root), seed=0)
     assert names(train) | names(val) == names(open_dataset(root))
     assert "none of its splits (1, 2) is 'train': all images train" in caplog.text
     caplog.clear()
     train, val, _ = divide(Data(root=root, train="2", val="1"), seed=0)
-    assert (names(train), names(val)) == ({"train1", "train2"}, {"train0"})
+    assert (names(train), names(val)) == ({"train2", "train3"}, {"train1"})
     assert not caplog.text
