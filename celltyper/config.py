@@ -170,10 +170,11 @@ class Train(Section):
 
 
 class Infer(Section):
-    """Tiling of images at inference."""
+    """Tiling of images at inference, and over how many symmetries of a tile maps are averaged."""
 
     tile: int | None = Field(None, ge=32, le=4096)
     overlap: int = Field(64, ge=0)
+    symmetries: Literal[1, 2, 4, 8] = 1
     batch_size: int = Field(8, ge=1)
 
 

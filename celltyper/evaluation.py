@@ -262,29 +262,10 @@ def summarise(
     clusters, text = _clusters(images)
     n = 1 + max((int(c.max(initial=0)) for pair in clusters for c in pair), default=0)
     k = len(classes)
-    sums = {
-        "confusion": np.zeros((n, k + 1, k + 1)),
-        "near": np.zeros((n, k + 1, 5)),
-        "loose": np.zeros((n, k + 1, 5)),
-        "found": np.zeros((n, 3)),
-        "class_pq": np.zeros((n, k + 1, 4)),
-        "pq": np.zeros((n, 4)),
-    }
+    sums = sums_of_objects(images, clusters, n, k)
     pairs = np.zeros((k + 1, k + 1), np.int64)
-    for image, (ref, pred) in zip(images, clusters, strict=True):
-        objects = Objects(image.true, image.guess, ref, pred)
-        tally(sums["confusion"], (ref, image.true, image.seen), 1)
-        tally_typed(sums["near"], objects, image.near)
-        tally_typed(sums["loose"], objects, image.loose)
-        tally_found(sums["found"], objects, image.near)
-        tally_quality(sums["class_pq"], sums["pq"], objects, image.strict)
-        tally_pairs(pairs, objects, image.near)
-    # A class that no image annotates has no score, not the score 0.
-    nowhere = sorted(set.intersection(*(set(i.unannotated) for i in images))) if images else []
-    for kind in ("near", "loose", "class_pq"):
-        sums[kind][:, nowhere] = 0
-    sums["confusion"][:, :, 0] += sums["confusion"][:, :, nowhere].sum(-1)
-    sums["confusion"][:, :, nowhere] = 0
+    for image, rows in zip(images, clusters, strict=True):
+        tally_pairs(pairs, Objects(image.true, image.guess, *rows), image.near)
 
     def estimate(counts: Values, statistic: Callable[[Values], Values]) -> Estimate:
         value = float(statistic(counts.sum(0)))
@@ -293,7 +274,7 @@ def summarise(
         interval = cluster_bootstrap(counts, statistic, n=resamples, seed=seed)
         return Estimate(value, float(interval.low), float(interval.high))
 
-    per_image = _per_image(images, k)
+    per_image = values_of_images(images, k)
     groups, by_image = np.unique([i.group for i in images], return_inverse=True)
     moments = np.zeros((len(groups), k, 4))
     tally(moments, by_image, per_image["moments"])
@@ -419,8 +400,69 @@ def _clusters(
     return clusters, f"{used} blocks of {BLOCK_PX} px (fewer than {MIN_GROUPS} patients or fields)"
 
 
-def _per_image(images: Sequence[ImageScores], n_classes: int) -> dict[str, Values]:
-    """bPQ, mPQ, AJI and count moments of every image."""
+def sums_of_objects(
+    images: Sequence[ImageScores],
+    clusters: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    n_clusters: int,
+    n_classes: int,
+) -> dict[str, Values]:
+    """Sums of every cluster that the scores over all objects are made of.
+
+    Parameters
+    ----------
+    images : sequence of ImageScores
+    clusters : sequence of (ndarray, ndarray)
+        For every image the cluster of its annotated nuclei (n,) and of its predicted cells (m,).
+    n_clusters, n_classes : int
+        Numbers N of clusters and K of phenotypes.
+
+    Returns
+    -------
+    dict of str to ndarray of float64
+        ``confusion`` (N, K + 1, K + 1); ``near`` and ``loose`` (N, K + 1, 5), ``found`` (N, 3),
+        ``class_pq`` (N, K + 1, 4) and ``pq`` (N, 4), see `celltyper.metrics.tallies`. A class
+        that no image annotates has no counts, and so no score rather than the score 0.
+    """
+    n, k = n_clusters, n_classes
+    sums = {
+        "confusion": np.zeros((n, k + 1, k + 1)),
+        "near": np.zeros((n, k + 1, 5)),
+        "loose": np.zeros((n, k + 1, 5)),
+        "found": np.zeros((n, 3)),
+        "class_pq": np.zeros((n, k + 1, 4)),
+        "pq": np.zeros((n, 4)),
+    }
+    for image, (ref, pred) in zip(images, clusters, strict=True):
+        objects = Objects(image.true, image.guess, ref, pred)
+        tally(sums["confusion"], (ref, image.true, image.seen), 1)
+        tally_typed(sums["near"], objects, image.near)
+        tally_typed(sums["loose"], objects, image.loose)
+        tally_found(sums["found"], objects, image.near)
+        tally_quality(sums["class_pq"], sums["pq"], objects, image.strict)
+    nowhere = sorted(set.intersection(*(set(i.unannotated) for i in images))) if images else []
+    for kind in ("near", "loose", "class_pq"):
+        sums[kind][:, nowhere] = 0
+    sums["confusion"][:, :, 0] += sums["confusion"][:, :, nowhere].sum(-1)
+    sums["confusion"][:, :, nowhere] = 0
+    return sums
+
+
+def values_of_images(images: Sequence[ImageScores], n_classes: int) -> dict[str, Values]:
+    """Scores that are averaged over images.
+
+    Parameters
+    ----------
+    images : sequence of ImageScores
+        N of them.
+    n_classes : int
+        Number K of phenotypes.
+
+    Returns
+    -------
+    dict of str to ndarray of float64
+        ``bpq``, ``mpq`` and ``aji`` (N,), NaN where an image has no score; ``moments``
+        (N, K, 4), see `celltyper.metrics.counts.count_moments`.
+    """
     bpq, mpq, moments = [], [], []
     for image in images:
         by_class, binary = np.zeros((1, n_classes + 1, 4)), np.zeros((1, 4))

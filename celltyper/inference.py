@@ -51,6 +51,7 @@ def infer(
     mpp: float | None = None,
     device: str = "auto",
     batch_size: int | None = None,
+    symmetries: int | None = None,
     precision: str = "fp32",
     overwrite: bool = False,
     encoder_weights: str | None = None,
@@ -78,6 +79,9 @@ def infer(
         See `celltyper.predict.pick_device`.
     batch_size : int or None
         Tiles per forward pass; None takes what the run was configured with.
+    symmetries : {1, 2, 4, 8} or None
+        Over how many symmetries of a tile maps are averaged; None takes what the run was
+        configured with.
     precision : {"fp32", "bf16", "fp16"}
         See `celltyper.predict.autocast`.
     overwrite : bool
@@ -137,6 +141,7 @@ def infer(
                     image,
                     own_mpp if mpp is None else mpp,
                     batch_size=batch_size,
+                    symmetries=symmetries,
                     precision=precision,
                     name=name,
                     progress=show,
@@ -180,6 +185,7 @@ def infer(
             "colors": list(colors_of(model)),
             "model_mpp": model.mpp,
             "device": str(place),
+            "symmetries": symmetries or model.symmetries,
             "precision": precision,
             "images": entries,
             "failed": failed,

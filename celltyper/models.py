@@ -51,6 +51,8 @@ class CellTyper(nn.Module):
         Side in pixels of the tiles an image is cut into, and how much neighbours share.
     batch_size : int
         Tiles per forward pass at inference.
+    symmetries : {1, 2, 4, 8}
+        Over how many symmetries of a tile maps are averaged at inference.
 
     Attributes
     ----------
@@ -71,6 +73,7 @@ class CellTyper(nn.Module):
         tile: int = 256,
         overlap: int = 64,
         batch_size: int = 8,
+        symmetries: int = 1,
     ) -> None:
         super().__init__()
         if len(set(classes)) != len(classes) or not classes:
@@ -93,6 +96,7 @@ class CellTyper(nn.Module):
         self.tile = tile
         self.overlap = overlap
         self.batch_size = batch_size
+        self.symmetries = symmetries
         phenotype = MapSpec(len(self.classes) + 1, "softmax", "bce_dice")
         self.maps: dict[str, MapSpec] = {PHENOTYPE: phenotype, **self.instances.maps}
         first = int(self.decoder.out_channels)  # type: ignore[arg-type]
@@ -255,4 +259,5 @@ def build_model(
             tile=config.infer.tile or config.data.tile,
             overlap=config.infer.overlap,
             batch_size=config.infer.batch_size,
+            symmetries=config.infer.symmetries,
         )

@@ -17,7 +17,6 @@ from celltyper.errors import ConfigError, DataError
 from celltyper.readers import open_dataset, open_parts
 from celltyper.readers.meta import check_splits
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -8,12 +8,14 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from celltyper.errors import ConfigError, DataError
 from celltyper.features import FeatureCache
 from celltyper.labels import label_ids, mean_in_labels, resize_labels
 from celltyper.models import PHENOTYPE, CellTyper
+from celltyper.symmetries import ORDER, turn, turn_back
 from celltyper.tiling import read_padded, tile_grid
 from celltyper.types import Image, Labels, Prediction
 
@@ -90,6 +92,7 @@ def predict_maps(
     tile: int | None = None,
     overlap: int | None = None,
     batch_size: int | None = None,
+    symmetries: int | None = None,
     precision: str = "fp32",
     progress: Callable[[int, int], None] | None = None,
     features: FeatureCache | None = None,
@@ -107,6 +110,10 @@ def predict_maps(
         ``model.tile`` and ``model.overlap``.
     batch_size : int or None
         Tiles per forward pass; None takes ``model.batch_size``.
+    symmetries : {1, 2, 4, 8} or None
+        Every tile is shown so many times, turned and mirrored, and the activated maps are
+        averaged (test-time augmentation); None takes ``model.symmetries``. Kept features are of
+        the image as it is: with `features` it is 1.
     precision : {"fp32", "bf16", "fp16"}
         See `autocast`.
     progress : callable or None
@@ -132,6 +139,9 @@ def predict_maps(
         name: np.empty((spec.channels, *image.shape[:2]), np.float32)
         for name, spec in model.maps.items()
     }
+    turns = 1 if canvas is not None else symmetries or model.symmetries
+    if turns not in (1, 2, 4, 8):
+        raise ConfigError(f"symmetries must be 1, 2, 4 or 8, got {turns}")
     step = batch_size or model.batch_size
     was_training = model.training
     model.eval()
@@ -145,8 +155,8 @@ def predict_maps(
                 windows = [canvas.window(t.read) for t in part]
                 known = [torch.stack(x).to(model.device) for x in zip(*windows, strict=True)]
             with autocast(model.device, precision):
-                raw = model(batch, known)
-            for name, values in model.activate(raw).items():
+                means = _average(model, batch, known, turns)
+            for name, values in means.items():
                 host = values.cpu().numpy()
                 for i, (read, write) in enumerate(part):
                     inside = (
@@ -161,6 +171,19 @@ def predict_maps(
     return maps
 
 
+def _average(
+    model: CellTyper, batch: Tensor, known: list[Tensor] | None, turns: int
+) -> dict[str, Tensor]:
+    """Activated maps of tiles, averaged over their first symmetries."""
+    total: dict[str, Tensor] = {}
+    for which in ORDER[:turns]:
+        maps = model.activate(model(turn(batch, which), known))
+        for name, values in maps.items():
+            back = turn_back(values, which, vector=model.maps[name].vector)
+            total[name] = total[name] + back if name in total else back
+    return {name: values / turns for name, values in total.items()} if turns > 1 else total
+
+
 def predict_image(
     model: CellTyper,
     image: Image,
@@ -169,6 +192,7 @@ def predict_image(
     tile: int | None = None,
     overlap: int | None = None,
     batch_size: int | None = None,
+    symmetries: int | None = None,
     precision: str = "fp32",
     name: str = "",
     progress: Callable[[int, int], None] | None = None,
@@ -184,7 +208,7 @@ def predict_image(
     mpp : float or None
         Micrometres per pixel of the image. Needed if the model has a resolution of its own: the
         image is then rescaled to it, and labels and maps are given back in the image's pixels.
-    tile, overlap, batch_size, precision, progress, features
+    tile, overlap, batch_size, symmetries, precision, progress, features
         See `predict_maps`.
     name : str
         Carried into the prediction.
@@ -217,6 +241,7 @@ def predict_image(
         tile=tile,
         overlap=overlap,
         batch_size=batch_size,
+        symmetries=symmetries,
         precision=precision,
         progress=progress,
         features=features,

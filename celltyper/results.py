@@ -49,6 +49,7 @@ def evaluate_run(
     allow_seen: bool = False,
     device: str = "auto",
     batch_size: int | None = None,
+    symmetries: int | None = None,
     precision: str = "fp32",
     encoder_weights: str | None = None,
     allow_code: bool = False,
@@ -77,7 +78,7 @@ def evaluate_run(
         Replace an earlier evaluation.
     allow_seen : bool
         Score images that the run was trained on as well.
-    device, batch_size, precision, encoder_weights, allow_code, progress
+    device, batch_size, symmetries, precision, encoder_weights, allow_code, progress
         See `celltyper.infer`.
 
     Returns
@@ -123,6 +124,7 @@ def evaluate_run(
             sample.image,
             sample.mpp,
             batch_size=batch_size,
+            symmetries=symmetries,
             precision=precision,
             name=sample.name,
         )

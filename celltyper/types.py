@@ -111,11 +111,15 @@ class MapSpec:
     loss : {"bce_dice", "mse", "hv", "smooth_l1", "smooth_l1_inside"}
         Loss against the encoded target; ``hv`` is MSE plus MSE of gradients inside nuclei
         (HoVer-Net, doi:10.1016/j.media.2019.101563), ``smooth_l1_inside`` counts nuclei only.
+    vector : bool
+        Channels are pairs of a horizontal component, positive to the right, and a vertical one,
+        positive downwards: where the image is turned, they turn with it.
     """
 
     channels: int
     activation: MapActivation
     loss: MapLoss
+    vector: bool = False
 
 
 @runtime_checkable

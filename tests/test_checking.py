@@ -227,6 +227,7 @@ def test_data_may_be_divided_in_several_ways() -> None:
     lines = check_text(check, "pathocell").splitlines()
     heads = [line.split()[1:] for line in lines if line.startswith("class ")]
     assert heads == [["stage…our-train", "stage…mour-test", "base-train"], ["base-valid", "all"]]
+    assert "splits  stage_of_tumour-train, stage_of_tumour-test, base-train, base-valid" in lines
     # a and b twice: in the last table four images of three nuclei, not six
     nuclei = [line.split()[1:] for line in lines if line.startswith("nuclei ")]
     assert nuclei == [["3", "3", "6"], ["6", "12"]]

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image as PillowImage
 
-from celltyper.config import Config
+from celltyper.config import Config, dump_config
 from celltyper.datasets import store
 from celltyper.parts import divide
 from celltyper.readers import open_dataset
@@ -113,6 +114,25 @@ def test_check_exits_with_2_for_errors_only(
     code, said, err = celltyper_command("data", "check", tmp_path)
     assert (code, said) == (2, "")
     assert "layout not recognised" in err
+
+
+def test_a_warning_of_a_reader_is_shown_once(
+    tmp_path: Path, celltyper_command: Run, tiny: Callable[..., Config]
+) -> None:
+    """Training and validation read an image many times; points too near others are named once."""
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        image = rng.integers(0, 255, (64, 64, 3)).astype(np.uint8)
+        PillowImage.fromarray(image).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.csv").write_text("x,y,class\n30,30,t\n30,30,t\n9,9,u\n")
+    (tmp_path / "meta.json").write_text('{"mpp": 0.5}')
+    recipe = tmp_path / "c.yaml"
+    recipe.write_text(dump_config(tiny(tmp_path, "data.val_fraction=0.3")))
+    out = tmp_path / "run"
+    code, _, err = celltyper_command("train", recipe, "-o", out, "--device", "cpu")
+    assert code == 0
+    for name in "abc":
+        assert err.count(f"{name}.csv: 1 of 3 points have no pixel") == 1
 
 
 def test_training_takes_a_store_and_a_taxonomy(

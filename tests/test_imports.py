@@ -22,7 +22,7 @@ LAYERS = [
     {"models", "features", "parts"},
     {"config", "encoders", "report", "decoders", "readers"},
     {"datasets"},
-    {"instances", "tiling", "cells", "metrics", "losses", "transforms"},
+    {"instances", "tiling", "cells", "metrics", "losses", "transforms", "symmetries"},
     {"labels", "atomic", "cache"},
     {"types"},
     {"errors"},

@@ -56,7 +56,9 @@ def test_a_split_that_is_named_must_be_there(made_data: Path, tmp_path: Path, ke
         divide(Data(root=made_data, val="tuning"), seed=0)
     split = tmp_path / "s.yaml"
     split.write_text("{train: [train1, train2], val: [train3]}")
-    with pytest.raises(DataError, match=rf"s\.yaml: no split 'fold_1' for data\.{key} .its splits: "):
+    with pytest.raises(
+        DataError, match=rf"s\.yaml: no split 'fold_1' for data\.{key} .its splits: "
+    ):
         divide(Data(root=root, split=split, **{key: "fold_1"}), seed=0)
 
 

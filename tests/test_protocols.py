@@ -46,11 +46,15 @@ def protocol(**values: Any) -> Protocol:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("fractions: [1]", "give exactly one of folds, leave_out and test, got none"),
+        ("fractions: [1]", "give exactly one of folds, leave_out, test and splits, got none"),
         (
             "{folds: 3, test: test}",
-            "give exactly one of folds, leave_out and test, got folds, test",
+            "give exactly one of folds, leave_out, test and splits, got folds, test",
         ),
+        ("{folds: 3, domains: [a]}", "domains has no effect without leave_out"),
+        ("{splits: [{train: a}]}", "each of splits names train and test, and may name val"),
+        ("{splits: [{train: a, tset: b}]}", "splits.0.tset"),
+        ("{splits: [{train: 1, test: 2}, {test: 2, train: 1}]}", "splits lists a value twice"),
         ("folds: 1", "folds: input should be greater than or equal to 2, got 1"),
         ("{folds: 2, fraction: [1]}", "unknown key 'fraction'; did you mean 'fractions'?"),
         ("{folds: 2, fractions: [1, 1.0]}", "fractions lists a value twice"),
@@ -195,6 +199,48 @@ def test_a_domain_is_left_out_and_unknown_ones_take_no_part() -> None:
         train, val, test = sides(run)
         assert {n[0] for n in test} == {letter}
         assert {n[0] for n in train | val} == set("abc") - {letter}
+
+
+def test_only_the_domains_that_are_listed_are_left_out() -> None:
+    """Lizard is published with GlaS left out, and no other centre."""
+    data = made({"a": 4, "b": 4, "c": 4})
+    data = replace(data, domains={"centre": {n: n[0] for n in data.names}})
+    (run,) = plan(protocol(leave_out="centre", domains=["b"]), data)
+    assert (run.path, run.domain, {n[0] for n in run.test}) == ("centre-b", "b", {"b"})
+    assert {n[0] for n in (*run.train, *run.val)} == {"a", "c"}
+    with pytest.raises(DataError, match=r"no centre 'x' to leave out \(there are: a, b, c\)"):
+        plan(protocol(leave_out="centre", domains=["a", "x"]), data)
+
+
+def test_divisions_that_the_data_name() -> None:
+    """The published protocol of PanNuke: every fold trains once, and fold 3 is tested twice."""
+    folds = [(1, 2, 3), (2, 1, 3), (3, 2, 1)]
+    rules = protocol(splits=[dict(zip(("train", "val", "test"), f, strict=True)) for f in folds])
+    data = made({"1": 4, "2": 2, "3": 4})
+    runs = plan(rules, data)
+    assert [run.path for run in runs] == ["1-2-3", "2-1-3", "3-2-1"]
+    assert [[{n[0] for n in side} for side in sides(run)] for run in runs] == [
+        [{str(part)} for part in fold] for fold in folds
+    ]
+    (run,) = plan(protocol(splits=[{"train": "1", "test": "3"}]), data, val_fraction=0.5)
+    assert [len(side) for side in sides(run)] == [2, 2, 4]
+    with pytest.raises(DataError, match=r"no split '4' \(there are: 1, 2, 3\)"):
+        plan(protocol(splits=[{"train": 1, "test": 4}]), data)
+    leaky = replace(data, groups=data.groups | {"30": data.groups["10"]})
+    with pytest.raises(DataError, match="would be on two sides of training, validation"):
+        plan(rules, leaky)
+
+
+def test_two_runs_never_share_a_folder() -> None:
+    data = made({"a": 4, "b": 4, "c": 4})
+    centre = {n: {"a": "A/1", "b": "A 1", "c": "C"}[n[0]] for n in data.names}
+    with pytest.raises(DataError, match="two runs would be in the folder centre-A-1; rename"):
+        plan(protocol(leave_out="centre"), replace(data, domains={"centre": centre}))
+
+
+def test_too_few_groups_name_the_part() -> None:
+    with pytest.raises(DataError, match=r"fold-1: .*1 group.*or data\.val_fraction=0"):
+        plan(protocol(folds=2), made({"a": 4}))
 
 
 # ---------------------------------------------------------------- running
@@ -564,6 +610,9 @@ def test_page_needs_nothing_beside_it(reported: Path) -> None:
     assert "a&lt;b&gt;" in page
     assert page.count("<polyline") == 3 * 2
     assert "Differences to the first variant" in page
+    assert re.search(
+        r"\nbPQ: panoptic quality[^\n]*\nmPQ: ", page
+    )  # names as they are, a line each
     row = next(r for r in protocol_table(reported, resamples=0).rows if r.domain == "B")
     figure = row.scores["macro_f1"]
     assert f"{figure.mean:.3f}" in page

@@ -21,7 +21,7 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-MODEL_OPTIONS = ("device", "batch_size", "precision", "encoder_weights", "allow_code")
+MODEL_OPTIONS = ("device", "batch_size", "symmetries", "precision", "encoder_weights", "allow_code")
 
 
 def predicting(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,6 +42,12 @@ def predicting(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             type=click.Choice(["fp32", "bf16", "fp16"]),
             help="Of the forward pass.",
+        ),
+        click.option(
+            "--symmetries",
+            type=click.Choice(["1", "2", "4", "8"]),
+            callback=lambda _context, _option, value: value and int(value),
+            help="Average over turned and mirrored tiles.  [default: as in the run]",
         ),
         click.option(
             "--batch-size",
@@ -70,6 +76,22 @@ def reading(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+class _Once(logging.Filter):
+    """Lets a warning of the readers pass once: a run reads every image many times."""
+
+    def __init__(self) -> None:
+        super().__init__("celltyper.readers")
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is of something else, or new."""
+        text = record.getMessage()
+        if not super().filter(record) or text not in self._seen:
+            self._seen.add(text)
+            return True
+        return False
+
+
 def start_log(quiet: bool) -> None:
     """Send celltyper's log to standard error, plain."""
     if quiet:
@@ -77,6 +99,7 @@ def start_log(quiet: bool) -> None:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(_Once())
     logger = logging.getLogger("celltyper")
     logger.handlers = [handler]
     logger.propagate = False

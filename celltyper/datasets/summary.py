@@ -63,6 +63,8 @@ def description_text(about: Description, layout: str) -> str:
         facts["not annotated"] = ", ".join(
             f"{name} (in {n} of {about.images} images)" for name, n in about.unannotated.items()
         )
+    if any(name != _short(name) for name in about.nuclei):
+        facts["splits"] = ", ".join(_in_order(about.nuclei))
     wide = max(map(len, facts)) + 2
     lines = []
     for name, value in facts.items():

@@ -87,7 +87,7 @@ class Centers:
         """``nucleus`` and ``boundary`` (1 channel), ``centers`` (2: horizontal, vertical)."""
         return {
             "nucleus": MapSpec(1, "sigmoid", "bce_dice"),
-            "centers": MapSpec(2, "identity", "smooth_l1_inside"),
+            "centers": MapSpec(2, "identity", "smooth_l1_inside", vector=True),
             "boundary": MapSpec(1, "sigmoid", "bce_dice"),
         }
 

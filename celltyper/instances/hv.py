@@ -71,7 +71,7 @@ class HV:
         """``nucleus`` (1 channel) and ``hv`` (2 channels: horizontal, then vertical)."""
         return {
             "nucleus": MapSpec(1, "sigmoid", "bce_dice"),
-            "hv": MapSpec(2, "identity", "hv"),
+            "hv": MapSpec(2, "identity", "hv", vector=True),
         }
 
     def encode(self, labels: Labels) -> dict[str, NDArray[np.float32]]:

@@ -27,7 +27,6 @@ def protocol_report(table: ProtocolTable) -> Report:
     Report
     """
     about = table.about
-    caption = " ".join(f"{_sentence(note)}" for note in rules_of(table))
     tables = {
         "Scores": Table(
             ["", "runs", "share", *NAMES.values()],
@@ -40,7 +39,7 @@ def protocol_report(table: ProtocolTable) -> Report:
                 ]
                 for row in table.rows
             ],
-            caption,
+            "\n".join(rules_of(table)),
         )
     }
     if table.differences:
@@ -63,7 +62,7 @@ def protocol_report(table: ProtocolTable) -> Report:
             for row in table.rows
             for name, scores in row.per_class.items()
         ],
-        " ".join(f"{CLASS_NAMES[key]}: {rule}." for key, rule in CLASS_RULES.items()),
+        "\n".join(f"{CLASS_NAMES[key]}: {rule}." for key, rule in CLASS_RULES.items()),
     )
     first = next(iter(about["variants"].values()))
     return Report(
@@ -97,10 +96,6 @@ def _curves(table: ProtocolTable) -> Curves | None:
                 line = charts.setdefault(NAMES[name], {}).setdefault(row.variant or "mean", [])
                 line.append((100 * row.reached, row.scores[name].mean))
     return Curves("Share of the training data", "% of the training nuclei", charts)
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _metric(name: str, f: Figure) -> Metric:

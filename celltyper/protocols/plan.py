@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,7 +33,7 @@ class PlannedRun:
     variant : str
         Name of the variant, "" if there is only the config.
     part : str
-        What is tested: ``fold-1``, ``centre-dpath`` or the name of a split.
+        What is tested: ``fold-1``, ``centre-dpath``, or names of splits.
     domain : str
         The domain that is left out, "" otherwise.
     fraction : float
@@ -106,8 +107,7 @@ def plan_runs(
         for part in _parts(protocol, data, whole, counts, seed):
             train, val = part.rest, part.val
             if val is None and data.val_fraction:
-                train, held_out = split_by_group(part.rest, data.val_fraction, seed, counts)
-                val = held_out.names
+                train, val = _hold_out(part, data.val_fraction, seed, counts)
             fractions = nested_fractions(train, protocol.fractions, seed, counts)
             for fraction, taken in fractions.items():
                 sides = taken.names, val or (), part.test
@@ -122,6 +122,11 @@ def plan_runs(
                     path = "/".join(level for level in levels if level)
                     about = variant, part.name, part.domain, fraction, taken.reached, seed
                     runs.append(PlannedRun(path, *about, *sides))
+    twice = [path for path, n in Counter(run.path for run in runs).items() if n > 1]
+    if twice:
+        raise DataError(
+            f"{whole.path}: two runs would be in the folder {twice[0]}; rename a domain or split"
+        )
     return runs
 
 
@@ -140,16 +145,28 @@ def _parts(
         base = whole
         if data.split is not None:
             base = whole.subset(n for n in whole.names if n in listed)
-        slugs: dict[str, str] = {}
-        for domain, (rest, held_out) in leave_out_domain(base, protocol.leave_out).items():
-            slug = _slug(f"{protocol.leave_out}-{domain}")
-            other = slugs.setdefault(slug, domain)
-            if other != domain:
-                raise DataError(
-                    f"{whole.path}: {protocol.leave_out} {other!r} and {domain!r} would both be "
-                    f"the folder {slug}; rename one"
-                )
-            yield _Part(slug, domain, rest, None, held_out.names)
+        parts = leave_out_domain(base, protocol.leave_out)
+        unknown = [domain for domain in protocol.domains if domain not in parts]
+        if unknown:
+            raise DataError(
+                f"{whole.path}: no {protocol.leave_out} {listing(unknown)} to leave out (there "
+                f"are: {', '.join(parts)})"
+            )
+        for domain in protocol.domains or parts:
+            rest, held_out = parts[domain]
+            yield _Part(_slug(f"{protocol.leave_out}-{domain}"), domain, rest, None, held_out.names)
+    elif protocol.splits:
+        for chosen in protocol.splits:
+            for name in chosen.values():
+                if not splits.get(name):
+                    raise DataError(
+                        f"{data.split or whole.path}: no split {name!r} (there are: "
+                        f"{', '.join(splits) or 'none'})"
+                    )
+            train, test = (splits[chosen[side]] for side in ("train", "test"))
+            val = splits[chosen["val"]] if "val" in chosen else None
+            names = [chosen[side] for side in ("train", "val", "test") if side in chosen]
+            yield _Part(_slug("-".join(names)), "", whole.subset(train), val, test)
     else:
         assert protocol.test is not None
         test = splits.get(protocol.test, ())
@@ -164,6 +181,16 @@ def _parts(
         aside = {*test, *(val or ())}
         train = splits.get(data.train, tuple(n for n in whole.names if n not in aside))
         yield _Part(_slug(protocol.test), "", whole.subset(train), val, test)
+
+
+def _hold_out(part: _Part, fraction: float, seed: int, counts: Counts) -> tuple[Dataset, Names]:
+    try:
+        train, val = split_by_group(part.rest, fraction, seed, counts)
+    except DataError as error:
+        raise DataError(
+            f"{part.name}: validation images cannot be held out: {error}, or data.val_fraction=0"
+        ) from None
+    return train, val.names
 
 
 def _check_sides(whole: Dataset, part: str, sides: tuple[Names, Names, Names]) -> None:

@@ -7,18 +7,23 @@ images may be of several domains over which a score is averaged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from celltyper.evaluation import BLOCK_PX, MIN_GROUPS, ImageScores
+from celltyper.evaluation import (
+    BLOCK_PX,
+    MIN_GROUPS,
+    ImageScores,
+    sums_of_objects,
+    values_of_images,
+)
 from celltyper.metrics.detection import detection_f1, typed_f1
-from celltyper.metrics.panoptic import mpq_pannuke, pq_of_counts
 from celltyper.metrics.ratios import mean_of_known, ratio
 from celltyper.metrics.reference import class_f1, macro_f1
-from celltyper.metrics.tallies import Objects, tally, tally_found, tally_quality, tally_typed
+from celltyper.metrics.tallies import tally
 
 Values = NDArray[np.float64]
 
@@ -117,31 +122,22 @@ def pool(
     per_class : dict of str to Score
         By `PER_CLASS`.
     """
-    row = {key: i for i, key in enumerate(clusters.keys)}
-    group_row = {group: i for i, group in enumerate(clusters.groups)}
-    domains = 1 + max((t.domain for t in tested), default=0)
-    n = len(row) * domains
-    sums = {
-        "confusion": np.zeros((n, classes + 1, classes + 1)),
-        "near": np.zeros((n, classes + 1, 5)),
-        "found": np.zeros((n, 3)),
-    }
-    means = {name: np.zeros((len(group_row), domains, 2)) for name in ("bpq", "mpq", "aji")}
-    for image, domain in tested:
-        ref, pred = (_rows(image, blocks, clusters, row) for blocks in _blocks(image))
-        objects = Objects(image.true, image.guess, ref * domains + domain, pred * domains + domain)
-        tally(sums["confusion"], (objects.ref_cluster, image.true, image.seen), 1)
-        tally_typed(sums["near"], objects, image.near)
-        tally_found(sums["found"], objects, image.near)
-        for name, value in _of_image(image, classes).items():
-            if not np.isnan(value):
-                means[name][group_row[image.group], domain] += value, 1
-    # A class that no image annotates has no score, not the score 0.
-    nowhere = sorted(set.intersection(*(set(t.image.unannotated) for t in tested)))
-    sums["near"][:, nowhere] = 0
-    sums["confusion"][:, :, 0] += sums["confusion"][:, :, nowhere].sum(-1)
-    sums["confusion"][:, :, nowhere] = 0
-    by_domain = {k: v.reshape(len(row), domains, *v.shape[1:]) for k, v in sums.items()}
+    images, domain = [t.image for t in tested], np.array([t.domain for t in tested], np.int64)
+    width = 1 + int(domain.max(initial=0))
+    rows = [
+        (ref * width + t.domain, pred * width + t.domain)
+        for t, (ref, pred) in zip(tested, _rows(images, clusters), strict=True)
+    ]
+    sums = sums_of_objects(images, rows, len(clusters.keys) * width, classes)
+    by_domain = {k: v.reshape(len(clusters.keys), width, *v.shape[1:]) for k, v in sums.items()}
+    group = np.array([clusters.groups.index(i.group) for i in images], np.int64)
+    means = {}
+    for name, values in values_of_images(images, classes).items():
+        if name in HEADLINE:
+            known = ~np.isnan(values)
+            means[name] = np.zeros((len(clusters.groups), width, 2))
+            parts = np.stack([np.where(known, values, 0), known], axis=-1)
+            tally(means[name], (group, domain), parts)
     near = by_domain["near"][:, :, 1:]
     headline = {
         "macro_f1": Score(by_domain["confusion"], macro_f1),
@@ -153,30 +149,20 @@ def pool(
     return headline, per_class
 
 
-def _blocks(image: ImageScores) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return image.ref_block, image.pred_block
-
-
 def _rows(
-    image: ImageScores,
-    blocks: NDArray[np.int64],
-    clusters: Clusters,
-    row: dict[tuple[str, int], int],
-) -> NDArray[np.int64]:
-    """Cluster of every object."""
-    if not clusters.blocks:
-        return np.full(len(blocks), row[image.group, 0], np.int64)
-    return np.array([row[image.name, int(block)] for block in blocks], np.int64)
-
-
-def _of_image(image: ImageScores, classes: int) -> dict[str, float]:
-    """Scores that are averaged over images."""
-    by_class, binary = np.zeros((1, classes + 1, 4)), np.zeros((1, 4))
-    ref, pred = np.zeros(len(image.true), np.int64), np.zeros(len(image.guess), np.int64)
-    objects = Objects(image.true, image.guess, ref, pred)
-    tally_quality(by_class, binary, objects, image.strict)
-    return {
-        "bpq": float(pq_of_counts(binary[0])),
-        "mpq": float(mpq_pannuke(by_class[0, 1:])),
-        "aji": image.aji,
-    }
+    images: Sequence[ImageScores], clusters: Clusters
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Cluster of every annotated nucleus and every predicted cell of every image."""
+    row = {key: i for i, key in enumerate(clusters.keys)}
+    for image in images:
+        ref, pred = (
+            np.array(
+                [
+                    row[(image.name, int(b)) if clusters.blocks else (image.group, 0)]
+                    for b in blocks
+                ],
+                np.int64,
+            )
+            for blocks in (image.ref_block, image.pred_block)
+        )
+        yield ref, pred

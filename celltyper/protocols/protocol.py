@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -18,13 +18,17 @@ FIXED = ("train", "val", "split", "val_fraction", "root", "reader", "taxonomy")
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+Text = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
+"""YAML reads the name of a split or domain such as 1 as a number."""
+WAYS = ("folds", "leave_out", "test", "splits")
 
 
 class Protocol(Section):
     """Which runs there are: every test part x fraction x seed x variant.
 
     Exactly one of ``folds`` (number of folds of whole groups), ``leave_out`` (an axis of the
-    data's domains, such as centre) and ``test`` (a split that the data, or ``data.split``, name)
+    data's domains, such as centre, or some ``domains`` of it), ``test`` (a split that the data, or
+    ``data.split``, name) and ``splits`` (which splits train, validate and test, several times)
     says what is tested. ``fractions`` are of the training images, nested. ``seeds`` decide
     weights, order and augmentation, and which groups are in which fold, fraction and validation;
     by default it is the seed of the config. ``variants`` are values of ``section.key`` in place of
@@ -32,22 +36,29 @@ class Protocol(Section):
     """
 
     folds: int | None = Field(None, ge=2)
-    leave_out: str | None = None
-    test: str | None = None
+    leave_out: Text | None = None
+    domains: tuple[Text, ...] = ()
+    test: Text | None = None
+    splits: tuple[dict[Literal["train", "val", "test"], Text], ...] = ()
     fractions: tuple[Share, ...] = Field((1.0,), min_length=1)
     seeds: tuple[Seed, ...] = ()
     variants: dict[Name, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_way_to_test(self) -> Protocol:
-        given = [k for k in ("folds", "leave_out", "test") if getattr(self, k) is not None]
+        given = [key for key in WAYS if getattr(self, key)]
         if len(given) != 1:
             raise ValueError(
-                "give exactly one of folds, leave_out and test, got " + (", ".join(given) or "none")
+                "give exactly one of folds, leave_out, test and splits, got "
+                + (", ".join(given) or "none")
             )
-        for key in ("fractions", "seeds"):
+        if self.domains and self.leave_out is None:
+            raise ValueError("domains has no effect without leave_out, whose domains it lists")
+        if any(not {"train", "test"} <= names.keys() for names in self.splits):
+            raise ValueError("each of splits names train and test, and may name val")
+        for key in ("fractions", "seeds", "domains", "splits"):
             values = getattr(self, key)
-            if len(set(values)) != len(values):
+            if any(value in values[:i] for i, value in enumerate(values)):
                 raise ValueError(f"{key} lists a value twice: {', '.join(map(str, values))}")
         for name, values in self.variants.items():
             fixed = [k for k in values if k == "seed" or k in [f"data.{key}" for key in FIXED]]

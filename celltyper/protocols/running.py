@@ -137,7 +137,7 @@ def run_protocol(
         logger.info("%d of %d runs are finished", len(runs) - len(todo), len(runs))
     for done, run in enumerate(todo):
         left = (time.monotonic() - started) / done * (len(todo) - done) / 60 if done else 0.0
-        hint = f", about {left:.0f} minutes left" if left >= 1 else ""
+        hint = f", about {left:.0f} min left" if left >= 1 else ""
         logger.info("run %d/%d: %s%s", runs.index(run) + 1, len(runs), run.path, hint)
         _run(run, output, resolved[run.variant], whole, place, progress, state)
     return output
@@ -264,7 +264,7 @@ def _start(output: Path, about: Mapping[str, Any], *, overwrite: bool) -> None:
 def _say_plan(runs: Sequence[PlannedRun], whole: Dataset) -> None:
     """Log how many runs there are, images that take no part, and fractions that are the same."""
     used = {n for run in runs for n in (*run.train, *run.val, *run.test)}
-    logger.info("%d runs on %d images", len(runs), len(used))
+    logger.info("%d run%s on %d images", len(runs), "s" * (len(runs) > 1), len(used))
     if len(used) < len(whole):
         logger.info("%d images of %s take no part", len(whole) - len(used), whole.path)
     same: dict[tuple[Any, ...], float] = {}

@@ -25,7 +25,7 @@ PAIRED = (
 def title_of(row: Row | Difference) -> str:
     """What a row is of, in full."""
     domain = "mean over domains" if row.domain == MEAN else row.domain
-    parts = (row.variant, domain, f"{100 * row.fraction:g} %")
+    parts = (row.variant, domain, f"{100 * row.fraction:g}\N{NO-BREAK SPACE}%")
     return ", ".join(part for part in parts if part)
 
 
