@@ -146,7 +146,7 @@ class Loss(Section):
     focal_gamma: float = Field(2.0, ge=0.0)
     instances: float = Field(1.0, ge=0.0)
     label_smoothing: float = Field(0.05, ge=0.0, lt=1.0)
-    class_weights: Literal["none", "inverse", "effective", "published"] = "effective"
+    class_weights: Literal["none", "inverse", "sqrt", "effective", "published"] = "effective"
 
 
 class Train(Section):

@@ -19,7 +19,7 @@ from torch import Tensor
 from celltyper.errors import unknown_name
 from celltyper.types import MapLoss
 
-WeightRule = Literal["inverse", "effective", "published", "none"]
+WeightRule = Literal["inverse", "sqrt", "effective", "published", "none"]
 IGNORED = -1
 """Class of target pixels that do not count."""
 
@@ -113,8 +113,9 @@ def effective_class_weights(
     ----------
     counts : array_like, shape (C,)
         Pixels of every class in the training data, background first.
-    rule : {"inverse", "effective", "published", "none"}
-        ``inverse``: total / count. ``effective``: 1 / effective number of samples,
+    rule : {"inverse", "sqrt", "effective", "published", "none"}
+        ``inverse``: total / count. ``sqrt``: its square root, for tiles that show rare classes
+        more often already (Mahajan 2018, doi:10.1007/978-3-030-01216-8_12). ``effective``: 1 / effective number of samples,
         ``(1 - beta) / (1 - beta ** count)`` (Cui 2019, doi:10.1109/CVPR.2019.00949), which lies
         between ``inverse`` (beta to 1) and ``none`` (beta 0). ``none``: all 1. ``published``: the
         softmax over the inverse frequencies normalised to sum 1, as in the published benchmark of
@@ -144,6 +145,8 @@ def effective_class_weights(
     inverse = n.sum() / n[present]
     if rule == "inverse":
         found = inverse
+    elif rule == "sqrt":
+        found = np.sqrt(inverse)
     elif rule == "effective":
         found = (1 - beta) / -np.expm1(n[present] * math.log(beta))
     elif rule == "published":

@@ -288,6 +288,7 @@ def test_masks_with_class_ids_and_stated_order(masks: Path) -> None:
         (["image,label,class", "a,0,x"], "line 2: label must be an integer"),
         (["image,label,class", "a,3,1"], "class ids '1' without names"),
         (["image,label,class"], "no rows"),
+        (["image,label,class", "a,3,Tumour", "a,7,tumour"], "'Tumour' and 'tumour' differ only in"),
         ([""], "columns must be"),
     ],
 )

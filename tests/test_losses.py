@@ -65,6 +65,11 @@ def test_inverse_weights_are_those_of_scikit_learn_up_to_scale() -> None:
     np.testing.assert_allclose(found, want / want.mean(), rtol=1e-12)
 
 
+def test_root_of_the_inverse_halves_the_imbalance_in_logarithms() -> None:
+    found = losses.effective_class_weights([400, 100, 4], "sqrt")
+    np.testing.assert_allclose(found, np.array([1, 2, 10]) * 3 / 13, rtol=1e-12)
+
+
 def test_effective_weights_by_the_papers_formula() -> None:
     counts, beta = np.array([1000.0, 10.0]), 0.99
     want = (1 - beta) / (1 - beta**counts)

@@ -26,7 +26,7 @@ from celltyper.datasets.images import (
     read_label_image,
 )
 from celltyper.errors import DataError
-from celltyper.readers.files import check_pairs, files_by_stem, sample_groups
+from celltyper.readers.files import check_pairs, files_by_stem, ordered_classes, sample_groups
 from celltyper.readers.meta import check_splits, read_meta
 from celltyper.types import Sample
 
@@ -63,8 +63,9 @@ def read_masks(path: str | Path) -> Dataset:
     ------
     DataError
         At opening: missing files or folders, other columns, a row twice, a row for an image that
-        is not there, a label that is no positive integer, an unknown class. On access: a nucleus
-        without a row, a row without nucleus, a mask of another size.
+        is not there, a label that is no positive integer, an unknown class, names
+        that differ only in case or blanks. On access: a nucleus without a row, a row without
+        nucleus, a mask of another size.
     """
     path = Path(path)
     images = files_by_stem(path / "images", IMAGE_SUFFIXES)
@@ -152,9 +153,7 @@ def _alphabetical(path: Path, named: dict[str, dict[int, str]]) -> tuple[str, ..
             f"{path}: class ids {listing(numeric)} without names; list them in meta.json as "
             '{"classes": {"1": name, ...}}'
         )
-    if len(classes) > 254:
-        raise DataError(f"{path}: {len(classes)} different classes; at most 254")
-    return classes
+    return ordered_classes(path, classes)
 
 
 def _class_id(path: Path, image: str, label: int, name: str, classes: tuple[str, ...]) -> int:
