@@ -32,8 +32,9 @@ class Data(Section):
     root: Path | None = None
     reader: str = "auto"
     taxonomy: Path | None = None
-    train: str = "train"
-    val: str = "val"
+    # splits may be called 1, 2, 3, as those of Lizard
+    train: Annotated[str, Field(coerce_numbers_to_str=True)] = "train"
+    val: Annotated[str, Field(coerce_numbers_to_str=True)] = "val"
     split: Path | None = None
     val_fraction: float = Field(0.2, ge=0.0, lt=1.0)
     mpp: float | None = Field(None, gt=0.0)
@@ -260,7 +261,9 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections such as 'encoder:', got {values!r}")
-    return parse_config(values, overrides, where=str(path))
+    overrides = list(overrides)
+    where = "--set" if overrides and _is_valid(values) else str(path)
+    return parse_config(values, overrides, where=where)
 
 
 def parse_config(
@@ -305,6 +308,14 @@ def parse_config(
         return Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(f"{where}: {first_problem(error, Config)}") from error
+
+
+def _is_valid(values: Mapping[str, Any]) -> bool:
+    try:
+        Config.model_validate(_copy(values))
+    except ValidationError:
+        return False
+    return True
 
 
 def dump_config(config: Config) -> str:

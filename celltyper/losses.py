@@ -115,12 +115,13 @@ def effective_class_weights(
         Pixels of every class in the training data, background first.
     rule : {"inverse", "sqrt", "effective", "published", "none"}
         ``inverse``: total / count. ``sqrt``: its square root, for tiles that show rare classes
-        more often already (Mahajan 2018, doi:10.1007/978-3-030-01216-8_12). ``effective``: 1 / effective number of samples,
-        ``(1 - beta) / (1 - beta ** count)`` (Cui 2019, doi:10.1109/CVPR.2019.00949), which lies
-        between ``inverse`` (beta to 1) and ``none`` (beta 0). ``none``: all 1. ``published``: the
-        softmax over the inverse frequencies normalised to sum 1, as in the published benchmark of
-        foundation models on cells; the softmax of numbers between 0 and 1 squeezes every ratio
-        below e, measured 1.4 at most there. It is kept to measure what that costs.
+        more often already (Mahajan 2018, doi:10.1007/978-3-030-01216-8_12). ``effective``:
+        1 / effective number of samples, ``(1 - beta) / (1 - beta ** count)`` (Cui 2019,
+        doi:10.1109/CVPR.2019.00949), which lies between ``inverse`` (beta to 1) and ``none``
+        (beta 0). ``none``: all 1. ``published``: the softmax over the inverse frequencies
+        normalised to sum 1, as in the published benchmark of foundation models on cells; the
+        softmax of numbers between 0 and 1 squeezes every ratio below e, measured 1.4 at most
+        there. It is kept to measure what that costs.
     beta : float
         For ``effective`` only. Pixels are many and alike, hence closer to 1 than for images.
 

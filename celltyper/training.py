@@ -198,7 +198,7 @@ def check_stopping(config: Config, parts: Parts) -> None:
     if config.train.patience is not None and not len(parts.val):
         raise ConfigError(
             f"train.patience={config.train.patience} needs validation images, and there are none: "
-            "leave it out, or raise data.val_fraction (or name 'val' in data.split)"
+            "pass --set train.patience=null, or raise data.val_fraction or name 'val' in data.split"
         )
 
 

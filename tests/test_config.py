@@ -94,3 +94,18 @@ def test_annotated_config_shows_every_key_with_its_default() -> None:
     path = Path(__file__).parents[1] / "docs" / "config.yaml"
     assert yaml.safe_load(path.read_text()) == Config().model_dump(mode="json")
     assert load_config(path) == Config()
+
+
+def test_names_of_splits_may_be_numbers() -> None:
+    data = parse_config({}, ["data.train=1", "data.val=2"]).data
+    assert (data.train, data.val) == ("1", "2")
+
+
+def test_a_mistake_is_laid_where_it_was_made(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("train: {steps: 5}")
+    bad.write_text("train: {steps: -5}")
+    with pytest.raises(ConfigError, match=r"^--set: train\.lr: "):
+        load_config(good, ["train.lr=-1"])
+    with pytest.raises(ConfigError, match=r"bad\.yaml: train\.steps: "):
+        load_config(bad, ["train.lr=0.1"])

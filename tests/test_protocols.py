@@ -77,10 +77,18 @@ def test_wrong_protocols_are_refused_in_one_line(text: str, said: str, tmp_path:
 
 
 def test_protocols_that_come_along_are_found_by_name(tmp_path: Path) -> None:
-    assert [*protocol_files()] == ["fractions", "kfold", "leave-domain-out"]
+    assert [*protocol_files()] == [
+        "fractions",
+        "kfold",
+        "leave-domain-out",
+        "lizard-glas",
+        "pannuke-folds",
+    ]
     assert load_protocol("kfold").folds == 5
     assert load_protocol("fractions").fractions == (1, 0.5, 0.2, 0.1, 0.05, 0.01)
     assert load_protocol("leave-domain-out").leave_out == "centre"
+    assert load_protocol("lizard-glas").domains == ("glas",)
+    assert len(load_protocol("pannuke-folds").splits or ()) == 3
     with pytest.raises(ConfigError, match="unknown protocol 'kfolds'; did you mean 'kfold'"):
         load_protocol("kfolds")
     with pytest.raises(ConfigError, match="does not exist; those that come along: fractions"):
