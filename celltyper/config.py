@@ -107,12 +107,23 @@ class Encoder(Section):
 class Decoder(Section):
     """Which decoder; ``options`` go to its constructor.
 
-    ``branches`` says whether phenotype and instance maps share it or have one each.
+    ``branches`` says whether phenotype and instance maps share it or have one each; then
+    ``instance_options`` replace some of the options for that of the instances.
     """
 
     name: str = "dpt"
     branches: Literal["shared", "separate"] = "shared"
     options: dict[str, Any] = {}
+    instance_options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _instance_options_have_a_decoder(self) -> Decoder:
+        if self.instance_options and self.branches == "shared":
+            raise ValueError(
+                "decoder.instance_options has no effect with decoder.branches=shared; put it "
+                "into decoder.options, or set decoder.branches=separate"
+            )
+        return self
 
 
 class Instances(Section):

@@ -244,10 +244,10 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         grid, settings = _grid_of(encoder), config.decoder
-        decoder, *more = (
-            build_decoder(settings.name, *grid, **settings.options)
-            for _ in range(1 if settings.branches == "shared" else 2)
-        )
+        options = [settings.options]
+        if settings.branches == "separate":
+            options.append(settings.options | settings.instance_options)
+        decoder, *more = (build_decoder(settings.name, *grid, **own) for own in options)
         return CellTyper(
             encoder,
             decoder,

@@ -230,3 +230,21 @@ def test_two_processes_train_both_decoders(tiny: Tiny, made_data: Path, tmp_path
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert {"decoder", "instance_decoder"} <= set(facts["trainability"]["changed"])
     assert load_model(tmp_path / "run").instance_decoder is not None
+
+
+def test_instances_may_have_options_of_their_own(made_data: Path, tiny: Tiny) -> None:
+    config = tiny(
+        made_data,
+        "encoder.weights=twin",
+        "decoder.name=dpt",
+        SEPARATE,
+        "decoder.options={width: 8}",
+        "decoder.instance_options={stem: 4}",
+    )
+    model = build_model(config, ("a", "b"), 0.5)
+    names = {name for name, _ in model.named_parameters()}
+    assert any(name.startswith("instance_decoder.stem.") for name in names)
+    assert not any(name.startswith("decoder.stem.") for name in names)
+    assert model.decoder.out_channels == model.instance_decoder.out_channels == 4
+    with pytest.raises(ConfigError, match=r"instance_options has no effect.*branches=separate"):
+        tiny(made_data, "decoder.instance_options={stem: 4}")
