@@ -123,7 +123,8 @@ def export_model(
         )
     size = model.tile if tile is None else tile
     facts = _facts_of(model, size, format)
-    whole = _Whole(model).eval()
+    # torch-export copies weights that are not laid out plainly, and warns of each
+    whole = _Whole(model).to(memory_format=torch.contiguous_format).eval()
     logger.info("export: capturing the model at %d x %d px", size, size)
     program = _captured(whole, size)
     with tempfile.TemporaryDirectory(prefix=".export.", dir=path.parent) as folder:

@@ -109,6 +109,8 @@ class CellTyper(nn.Module):
                 for name, spec in self.maps.items()
             }
         )
+        # the convolutions of the decoders run up to half as fast again with channels innermost
+        self.to(memory_format=torch.channels_last)
 
     def forward(
         self, images: Tensor, features: Sequence[Tensor] | None = None

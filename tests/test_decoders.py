@@ -157,8 +157,13 @@ def test_pyramid_is_used_at_its_own_resolution() -> None:
     [
         ("unter", {}, "unknown decoder 'unter'; did you mean 'unet.*known: dpt, linear, package"),
         ("dpt", {"widht": 8}, "option of decoder 'dpt' 'widht'; did you mean 'width'"),
-        ("dpt", {"strides": [4, 8, 16, 32]}, "option of decoder 'dpt' 'strides'.*stem, width"),
+        (
+            "dpt",
+            {"strides": [4, 8, 16, 32]},
+            "option of decoder 'dpt' 'strides'.*finest, stem, width",
+        ),
         ("dpt", {"stem": -1}, "stem of 0 channels or more, got -1"),
+        ("dpt", {"finest": 3}, "finest of 1, 2, 4 or 8, got 3"),
         ("dpt", {"width": 1}, "width of 2 or more"),
         ("unetr", {"width": 0}, "decoder 'unetr' needs a width of 1 or more, got 0"),
         ("linear", {"width": "wide"}, "decoder 'linear' needs a width of 1 or more, got 'wide'"),
@@ -216,3 +221,18 @@ def test_stem_of_dpt_sees_the_image_near_each_pixel() -> None:
     assert moved.min(0).values.tolist() == [26, 36]
     assert moved.max(0).values.tolist() == [34, 44]
     assert stem(features, images).shape == (1, stem.out_channels, 67, 70)
+
+
+@pytest.mark.parametrize(("finest", "sides"), [(1, 6), (2, 12), (4, 24), (8, 48)])
+def test_finest_map_of_dpt(finest: int, sides: int) -> None:
+    decoder = build_decoder("dpt", [5] * 4, 14, width=4, finest=finest).eval()
+    seen: list[tuple[int, ...]] = []
+    decoder.leave[0].register_forward_hook(lambda _, given, __: seen.append(given[0].shape))
+    out = decoder([torch.rand(2, 5, 6, 6) for _ in range(4)], torch.rand(2, 3, 80, 75))
+    assert seen == [(2, 4, sides, sides)]
+    assert out.shape == (2, 2, 80, 75)
+
+
+def test_finest_is_for_one_grid() -> None:
+    with pytest.raises(ConfigError, match="finest is for maps of one size"):
+        build_decoder("dpt", [5] * 4, 32, [4, 8, 16, 32], width=4, finest=2)

@@ -27,6 +27,10 @@ class DptDecoder(nn.Module):
         Side of a patch in pixels.
     width : int
         Channels of the pyramid; the paper has 256.
+    finest : {1, 2, 4, 8}
+        How many times finer than the patch grid the finest map is reassembled; the others
+        follow by halves. The paper has 4. Half of it is a quarter of the work, enough for
+        classes, too coarse for borders. Not for the maps of a pyramid.
     stem : int
         Channels of two convolutions on the image itself, which join the pyramid at its end: the
         borders of nuclei are finer than a patch. 0, as in the paper, has none.
@@ -45,6 +49,7 @@ class DptDecoder(nn.Module):
         patch_size: int,
         *,
         width: int = 64,
+        finest: int = 4,
         stem: int = 0,
         strides: Sequence[int] | None = None,
     ) -> None:
@@ -53,15 +58,17 @@ class DptDecoder(nn.Module):
         require_width("dpt", width, least=2)
         if not isinstance(stem, int) or stem < 0:
             raise ConfigError(f"decoder 'dpt' needs a stem of 0 channels or more, got {stem!r}")
+        if finest not in (1, 2, 4, 8):
+            raise ConfigError(f"decoder 'dpt' needs finest of 1, 2, 4 or 8, got {finest!r}")
         self.stride = patch_size
         self.out_channels = width // 2
-        scale: list[nn.Module] = [
-            nn.ConvTranspose2d(width, width, kernel_size=4, stride=4),
-            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
-            nn.Identity(),
-            nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1),
-        ]
+        scale = [_rescaled(width, finest, 2**level) for level in range(4)]
         if strides is not None:
+            if finest != 4:
+                raise ConfigError(
+                    "decoder 'dpt': finest is for maps of one size, those of this encoder differ; "
+                    "leave it out"
+                )
             require_strides("dpt", channels, strides)
             self.stride = strides[-1]
             scale = [nn.Identity() for _ in channels]
@@ -98,6 +105,16 @@ class DptDecoder(nn.Module):
         # symmetric about 0, as batch norm comes only after the first convolution
         pixels: Tensor = self.join(torch.cat((x, self.stem(2 * images - 1)), dim=1))
         return pixels
+
+
+def _rescaled(width: int, up: int, down: int) -> nn.Module:
+    """A map made ``up / down`` times as fine."""
+    if up > down:
+        return nn.ConvTranspose2d(width, width, kernel_size=up // down, stride=up // down)
+    if up < down:
+        stride = down // up
+        return nn.Conv2d(width, width, kernel_size=stride + 1, stride=stride, padding=stride // 2)
+    return nn.Identity()
 
 
 def _convolution(channels: int, out: int) -> nn.Sequential:
