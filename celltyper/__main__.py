@@ -68,22 +68,35 @@ def train(
     celltyper train unetr -o runs --set data.root=DATA --protocol kfold
     """  # noqa: D301
     start_log(quiet)
-    from celltyper.config import load_config
+    from celltyper.config import load_config, task_of
 
     if weights is not None:
         # quoted, since a path may read as YAML
         overrides += (f"encoder.weights={json.dumps(weights, ensure_ascii=False)}",)
+    options["progress"] = not quiet
     try:
-        settings = load_config(config, overrides)
-        if protocol is None:
-            from celltyper.training import train as run
+        if task_of(config) == "patches":
+            from celltyper.patches.config import PatchConfig
 
-            run(settings, output, progress=not quiet, **options)
+            own = load_config(config, overrides, PatchConfig)
+            if protocol is None:
+                from celltyper.patches.training import train_patches
+
+                train_patches(own, output, **options)
+            else:
+                from celltyper.protocols import load_protocol, run_patch_protocol
+
+                run_patch_protocol(own, load_protocol(protocol), output, **options)
         else:
-            from celltyper.protocols import load_protocol, run_protocol
+            settings = load_config(config, overrides)
+            if protocol is None:
+                from celltyper.training import train as run
 
-            rules = load_protocol(protocol)
-            run_protocol(settings, rules, output, progress=not quiet, **options)
+                run(settings, output, **options)
+            else:
+                from celltyper.protocols import load_protocol, run_protocol
+
+                run_protocol(settings, load_protocol(protocol), output, **options)
     except KeyboardInterrupt:
         words = ["celltyper", "train", config, "-o", str(output)]
         words += [word for o in overrides for word in ("--set", o)]

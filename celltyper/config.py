@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -224,6 +224,10 @@ class Config(Section):
         return self
 
 
+TASKS = ("cells", "patches")
+"""What a config can be for; the sections of the second are in `celltyper.patches.config`."""
+
+
 def recipes() -> dict[str, Path]:
     """Recipes that come with celltyper, by name.
 
@@ -238,7 +242,20 @@ def recipes() -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))} if folder else {}
 
 
-def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+Model = TypeVar("Model", bound="Section")
+
+
+@overload
+def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config: ...
+
+
+@overload
+def load_config(source: str | Path, overrides: Iterable[str], model: type[Model]) -> Model: ...
+
+
+def load_config(
+    source: str | Path, overrides: Iterable[str] = (), model: type[Any] | None = None
+) -> Any:
     """Read a config from a YAML file or a recipe's name and apply overrides.
 
     Parameters
@@ -247,19 +264,56 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
         Path of a YAML file, or the name of a recipe (see `recipes`).
     overrides : iterable of str
         Assignments ``section.key=value``; the value is parsed as YAML.
+    model : type of Section
+        What it is to be; by default a `Config`.
 
     Returns
     -------
     Config
+        Or what `model` says.
 
     Raises
     ------
     ConfigError
-        If the file is missing or not YAML, a key is unknown or a value is out of bounds; the
-        message names the key.
+        If the file is missing or not YAML, it is of another task, a key is unknown or a value is
+        out of bounds; the message names the key.
     """
-    path = Path(source)
-    known = recipes()
+    path, values = _read(source)
+    overrides, model = list(overrides), model or Config
+    task = model.model_fields["task"].default
+    if values.get("task", "cells") != task:
+        raise ConfigError(f"{path} is a config of task {values['task']!r}, here it must be {task}")
+    where = "--set" if overrides and _is_valid(values, model) else str(path)
+    return parse_config(values, overrides, model, where=where)
+
+
+def task_of(source: str | Path) -> str:
+    """What a config is for: "cells" or "patches".
+
+    Parameters
+    ----------
+    source : str or Path
+        As in `load_config`.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing or not YAML, or its task is unknown.
+    """
+    path, values = _read(source)
+    task = values.get("task", "cells")
+    if task not in TASKS:
+        raise ConfigError(f"{path}: {unknown_name('task', str(task), TASKS)}")
+    return str(task)
+
+
+def _read(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Path of a config, and its values as they are written there."""
+    path, known = Path(source), recipes()
     if not path.is_file():
         if path.suffix in {".yaml", ".yml"}:
             raise ConfigError(f"config {path} does not exist; recipes: {', '.join(sorted(known))}")
@@ -272,15 +326,33 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections such as 'encoder:', got {values!r}")
-    overrides = list(overrides)
-    where = "--set" if overrides and _is_valid(values) else str(path)
-    return parse_config(values, overrides, where=where)
+    return path, values
+
+
+@overload
+def parse_config(
+    values: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "config"
+) -> Config: ...
+
+
+@overload
+def parse_config(
+    values: Mapping[str, Any],
+    overrides: Iterable[str],
+    model: type[Model],
+    *,
+    where: str = "config",
+) -> Model: ...
 
 
 def parse_config(
-    values: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "config"
-) -> Config:
-    """Validate nested values as a `Config`, after applying ``section.key=value`` overrides.
+    values: Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    model: type[Any] | None = None,
+    *,
+    where: str = "config",
+) -> Any:
+    """Validate nested values as a config, after applying ``section.key=value`` overrides.
 
     Parameters
     ----------
@@ -288,19 +360,22 @@ def parse_config(
         Sections by name, as read from YAML.
     overrides : iterable of str
         Assignments ``section.key=value``.
+    model : type of Section
+        What they are to be; by default a `Config`.
     where : str
         Names the source in error messages.
 
     Returns
     -------
     Config
+        Or what `model` says.
 
     Raises
     ------
     ConfigError
         Naming the first key that is unknown or out of bounds.
     """
-    merged = _copy(values)
+    model, merged = model or Config, _copy(values)
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
@@ -316,25 +391,26 @@ def parse_config(
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override!r}: {one_line(error)}") from error
     try:
-        return Config.model_validate(merged)
+        return model.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {first_problem(error, Config)}") from error
+        raise ConfigError(f"{where}: {first_problem(error, model)}") from error
 
 
-def _is_valid(values: Mapping[str, Any]) -> bool:
+def _is_valid(values: Mapping[str, Any], model: type[Section]) -> bool:
     try:
-        Config.model_validate(_copy(values))
+        model.model_validate(_copy(values))
     except ValidationError:
         return False
     return True
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Section) -> str:
     """Write a config as YAML with every value, defaults included.
 
     Parameters
     ----------
-    config : Config
+    config : Section
+        A whole config.
 
     Returns
     -------

@@ -17,8 +17,12 @@ from pydantic import BaseModel
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_text
 from celltyper.checkpoints import MODEL_FILE
-from celltyper.config import Config, dump_config, load_config
+from celltyper.config import Config, Encoder, Lora, Section, dump_config, load_config
 from celltyper.datasets import Dataset
+from celltyper.encoders import find_card
+from celltyper.encoders.folders import commit_of
+from celltyper.encoders.hub import HUB_NAMES, MADE_NAMES, find_weights
+from celltyper.encoders.lora import read_adapter
 from celltyper.errors import ConfigError
 from celltyper.labels import label_ids
 from celltyper.models import CellTyper
@@ -53,15 +57,15 @@ def check_log(log: str) -> None:
         )
 
 
-def check_output(output: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+def check_output(output: Path, config: Section, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that holds something else than the run to be continued.
 
     Parameters
     ----------
     output : Path
         The run folder to be.
-    config : Config
-        Resolved.
+    config : Section
+        A whole config, resolved.
     resume, overwrite : bool
         What may be done with a run that is there.
 
@@ -83,7 +87,7 @@ def check_output(output: Path, config: Config, *, resume: bool, overwrite: bool)
             f"{output} already holds a run; pass --resume to go on with it, --overwrite to start "
             "over, or another folder"
         )
-    old = load_config(output / CONFIG_FILE)
+    old = load_config(output / CONFIG_FILE, (), type(config))
     if old != config:
         raise ConfigError(
             f"{output} was started with another config ({difference(old, config)}); "
@@ -91,7 +95,46 @@ def check_output(output: Path, config: Config, *, resume: bool, overwrite: bool)
         )
 
 
-def start_folder(output: Path, config: Config, *, keep: bool) -> None:
+def resolve_encoder(encoder: Encoder) -> Encoder:
+    """Write into a config which weights were found: absolute paths, commit, the adapter's own.
+
+    Parameters
+    ----------
+    encoder : Encoder
+
+    Returns
+    -------
+    Encoder
+
+    Raises
+    ------
+    ConfigError, CheckpointError
+        If the encoder is unknown, or its weights or adapter cannot be had.
+    """
+    weights, revision = encoder.weights, encoder.revision
+    if weights not in MADE_NAMES:
+        # which commit it was, so that the run is pinned even where the card is not
+        file = find_weights(find_card(encoder.name), weights, revision)
+        revision = commit_of(file) or revision
+        if weights not in HUB_NAMES and Path(weights).exists():
+            weights = str(Path(weights).absolute())
+    own = {"weights": weights, "revision": revision, "lora": _with_adapter(encoder.lora)}
+    return encoder.model_copy(update=own)
+
+
+def _with_adapter(lora: Lora) -> Lora:
+    """Write into the config what the adapter to start from decides; the folder may go later."""
+    if lora.adapter is None:
+        return lora
+    found, default = read_adapter(lora.adapter), Lora()
+    decided = ("rank", "alpha", "targets")
+    return lora.model_copy(
+        update={"adapter": lora.adapter.absolute()}
+        | {k: getattr(found, k) for k in decided if getattr(lora, k) == getattr(default, k)}
+    )
+
+
+def start_folder(output: Path, config: Section, *, keep: bool) -> None:
     """Create the run folder and write its config; files of an earlier run go unless kept."""
     make_folder(output)
     for name in () if keep else (MODEL_FILE, LAST_FILE, HISTORY_FILE, RUN_FILE):

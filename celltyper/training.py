@@ -29,13 +29,9 @@ from celltyper.checkpoints import (
     MODEL_FILE,
     read_tensors,
 )
-from celltyper.config import Config, Lora, Train
+from celltyper.config import Config, Train
 from celltyper.datasets import Dataset, resample
 from celltyper.datasets.tiles import TileSampler
-from celltyper.encoders import find_card
-from celltyper.encoders.folders import commit_of
-from celltyper.encoders.hub import HUB_NAMES, MADE_NAMES, find_weights
-from celltyper.encoders.lora import read_adapter
 from celltyper.encoders.trainability import check_trainability, parameter_digest
 from celltyper.errors import ConfigError, DataError, TrainingError
 from celltyper.evaluation import SCORES
@@ -50,6 +46,7 @@ from celltyper.runs import (
     Progress,
     check_log,
     check_output,
+    resolve_encoder,
     run_facts,
     start_folder,
 )
@@ -354,37 +351,11 @@ def resolve(config: Config, data: Dataset, resolutions: Iterable[float | None]) 
         for key in ("root", "taxonomy", "split")
         if (value := getattr(config.data, key))
     }
-    weights = config.encoder.weights
-    revision = config.encoder.revision
-    if weights not in MADE_NAMES:
-        # which commit it was, so that the run is pinned even where the card is not
-        file = find_weights(find_card(config.encoder.name), weights, revision)
-        revision = commit_of(file) or revision
-        if weights not in HUB_NAMES and Path(weights).exists():
-            weights = str(Path(weights).absolute())
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"mpp": mpp, **files}),
-            "encoder": config.encoder.model_copy(
-                update={
-                    "weights": weights,
-                    "revision": revision,
-                    "lora": _with_adapter(config.encoder.lora),
-                }
-            ),
+            "encoder": resolve_encoder(config.encoder),
         }
-    )
-
-
-def _with_adapter(lora: Lora) -> Lora:
-    """Write into the config what the adapter to start from decides; the folder may go later."""
-    if lora.adapter is None:
-        return lora
-    found, default = read_adapter(lora.adapter), Lora()
-    decided = ("rank", "alpha", "targets")
-    return lora.model_copy(
-        update={"adapter": lora.adapter.absolute()}
-        | {k: getattr(found, k) for k in decided if getattr(lora, k) == getattr(default, k)}
     )
 
 

@@ -354,3 +354,20 @@ def test_a_class_of_your_own() -> None:
 def test_bad_values_are_refused(name: str, options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_instances(name, **options)
+
+
+def test_unsure_objects_are_removed() -> None:
+    nucleus = np.zeros((1, 20, 40), np.float32)
+    nucleus[0, 2:10, 2:10] = 0.9
+    nucleus[0, 2:10, 16:24] = 0.6
+    # half of it at .95, half at .55: a mean of .75
+    nucleus[0, 2:10, 30:34], nucleus[0, 2:10, 34:38] = 0.95, 0.55
+    maps = {"nucleus": nucleus, "hv": np.zeros((2, 20, 40), np.float32)}
+    assert HV().decode(maps).max() == 3
+    kept = HV(min_confidence=0.74).decode(maps)
+    assert kept.dtype == np.int32
+    assert np.unique(kept[2:10, 2:10]).tolist() == [1]
+    assert np.unique(kept[2:10, 30:38]).tolist() == [2]
+    assert kept[:, 12:28].max() == 0
+    assert HV(min_confidence=0.76).decode(maps).max() == 1
+    assert HV(min_confidence=1.0).decode(maps).max() == 0

@@ -46,10 +46,13 @@ def protocol(**values: Any) -> Protocol:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("fractions: [1]", "give exactly one of folds, leave_out, test and splits, got none"),
+        (
+            "fractions: [1]",
+            "hold_out, test and splits, got none",
+        ),
         (
             "{folds: 3, test: test}",
-            "give exactly one of folds, leave_out, test and splits, got folds, test",
+            "hold_out, test and splits, got folds, test",
         ),
         ("{folds: 3, domains: [a]}", "domains has no effect without leave_out"),
         ("{splits: [{train: a}]}", "each of splits names train and test, and may name val"),

@@ -82,6 +82,18 @@ class Adapted(nn.Module):
             embedding: Tensor = self.encoder.embed(images)
         return embedding
 
+    def embed_whole(self, images: Tensor) -> Tensor:
+        """As `embed`, of images that are neither scaled nor cut."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.trained)):
+            embedding: Tensor = self.encoder.embed_whole(images)
+        return embedding
+
+    def tokens(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Class token, if any, and patch tokens (B, C, h, w), of images taken as they are."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.trained)):
+            first, patches = self.encoder.tokens(images)
+        return first, patches
+
 
 def freeze(encoder: nn.Module) -> Adapted:
     """Freeze an encoder: no gradient, no dropout, no running statistics. Use what it returns."""

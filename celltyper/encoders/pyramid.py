@@ -117,6 +117,24 @@ class TimmPyramid(Prepared):
         vectors: Tensor = self.model.forward_head(features, pre_logits=True)
         return vectors
 
+    def tokens(self, images: Tensor) -> tuple[None, Tensor]:
+        """No class token, and the map of the deepest level.
+
+        Parameters
+        ----------
+        images : Tensor, shape (B, 3, H, W)
+            RGB in [0, 1]; neither scaled nor cut.
+
+        Returns
+        -------
+        tuple of None and Tensor, shape (B, C, ceil(H / p), ceil(W / p))
+            p the coarsest stride in pixels of the network.
+        """
+        maps: list[Tensor] = self.model.forward_intermediates(
+            self.prepare.whole(images), indices=self.levels[-1:], intermediates_only=True
+        )
+        return None, maps[-1]
+
 
 def _attend_in_whole_windows(
     attend: Callable[[Tensor], Tensor], window: tuple[int, int], x: Tensor

@@ -99,13 +99,33 @@ class TimmViT(Prepared):
 
         By the card's rule; register tokens never take part.
         """
-        tokens = self.model.forward_features(self.prepare.whole(images))
-        parts = []
-        if self.embedding in ("cls", "cls+mean"):
-            parts.append(tokens[:, 0])
+        first, patches = self.tokens(images)
+        parts = [] if first is None or self.embedding == "mean" else [first]
         if self.embedding in ("mean", "cls+mean"):
-            parts.append(tokens[:, self.model.num_prefix_tokens :].mean(dim=1))
+            parts.append(patches.mean(dim=(2, 3)))
         return torch.cat(parts, dim=1)
+
+    def tokens(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Class token and patch tokens after the final norm, in one pass.
+
+        Parameters
+        ----------
+        images : Tensor, shape (B, 3, H, W)
+            RGB in [0, 1]; neither scaled nor cut.
+
+        Returns
+        -------
+        first : Tensor or None, shape (B, C)
+            Class token, None if the network has none. Register tokens never take part.
+        patches : Tensor, shape (B, C, ceil(H / p), ceil(W / p))
+            p the patch in pixels of the network.
+        """
+        x = self.prepare.whole(images)
+        tokens = self.model.forward_features(x)
+        rows, cols = (side // self.prepare.stride for side in x.shape[2:])
+        patches = tokens[:, self.model.num_prefix_tokens :].transpose(1, 2)
+        has_class = getattr(self.model, "cls_token", None) is not None
+        return tokens[:, 0] if has_class else None, patches.unflatten(2, (rows, cols))
 
 
 def _block_indices(blocks: Sequence[int] | str, depth: int) -> list[int]:

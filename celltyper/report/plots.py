@@ -13,8 +13,8 @@ from celltyper.report.data import Reliability
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 400, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 22, 12, 44
-_DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 2", "12 4")
+LEFT, RIGHT, TOP, BOTTOM = 52, 22, 12, 44
+DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 2", "12 4")
 
 
 def line_chart(title: str, x_label: str, series: Sequence[tuple[str, Points]]) -> Markup:
@@ -39,10 +39,10 @@ def line_chart(title: str, x_label: str, series: Sequence[tuple[str, Points]]) -
         return Markup("")
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
-    parts = [_axes(x_ticks, y_ticks, x_label, "")]
+    parts = [axes(x_ticks, y_ticks, x_label, "")]
     for i, (name, line) in enumerate(series):
-        places = [_place(x, y, x_ticks, y_ticks) for x, y in line]
-        look = Markup('class="line s{}" stroke-dasharray="{}"').format(i % 6, _DASHES[i % 6])
+        places = [place(x, y, x_ticks, y_ticks) for x, y in line]
+        look = Markup('class="line s{}" stroke-dasharray="{}"').format(i % 6, DASHES[i % 6])
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(
             Markup('<polyline {} points="{}"><title>{}</title></polyline>').format(look, path, name)
@@ -54,7 +54,7 @@ def line_chart(title: str, x_label: str, series: Sequence[tuple[str, Points]]) -
                 )
                 for x, y in places
             ]
-    return _svg(title, Markup("").join(parts))
+    return svg_of(title, Markup("").join(parts))
 
 
 def line_key(index: int) -> Markup:
@@ -62,7 +62,7 @@ def line_key(index: int) -> Markup:
     return Markup(
         '<svg class="key" viewBox="0 0 30 8" aria-hidden="true">'
         '<path class="line s{}" stroke-dasharray="{}" d="M1 4h28"/></svg>'
-    ).format(index % 6, _DASHES[index % 6])
+    ).format(index % 6, DASHES[index % 6])
 
 
 def reliability_diagram(table: Reliability) -> Markup:
@@ -79,9 +79,9 @@ def reliability_diagram(table: Reliability) -> Markup:
         An ``<svg>`` element.
     """
     unit = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    parts = [_axes(unit, unit, "mean confidence", "accuracy")]
-    x0, y0 = _place(0, 0, unit, unit)
-    x1, y1 = _place(1, 1, unit, unit)
+    parts = [axes(unit, unit, "mean confidence", "accuracy")]
+    x0, y0 = place(0, 0, unit, unit)
+    x1, y1 = place(1, 1, unit, unit)
     parts.append(
         Markup('<path class="ideal" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(x0, y0, x1, y1)
     )
@@ -89,7 +89,7 @@ def reliability_diagram(table: Reliability) -> Markup:
     full = count > 0
     most = float(count.max(initial=1))
     places = [
-        (*_place(float(x), float(y), unit, unit), int(n))
+        (*place(float(x), float(y), unit, unit), int(n))
         for x, y, n in zip(
             np.asarray(table.confidence)[full],
             np.asarray(table.accuracy)[full],
@@ -106,7 +106,7 @@ def reliability_diagram(table: Reliability) -> Markup:
                 "<title>{} cells</title></circle>"
             ).format(x, y, 2 + 6 * math.sqrt(n / most), n)
         )
-    return _svg("Reliability diagram: accuracy over confidence", Markup("").join(parts))
+    return svg_of("Reliability diagram: accuracy over confidence", Markup("").join(parts))
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -142,33 +142,35 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def _place(x: float, y: float, xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+def place(x: float, y: float, xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+    """Place in the drawing of a point between the ends of both axes."""
     across = (x - xs[0]) / (xs[-1] - xs[0])
     up = (y - ys[0]) / (ys[-1] - ys[0])
     return (
-        _LEFT + across * (WIDTH - _LEFT - _RIGHT),
-        HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM),
+        LEFT + across * (WIDTH - LEFT - RIGHT),
+        HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
     )
 
 
-def _axes(xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str) -> Markup:
+def axes(xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str) -> Markup:
+    """Axes with a tick at every given number and names."""
     parts = []
     for value in ys:
-        _, y = _place(xs[0], value, xs, ys)
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+        _, y = place(xs[0], value, xs, ys)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for value in xs:
-        x, _ = _place(value, ys[0], xs, ys)
-        base = HEIGHT - _BOTTOM
+        x, _ = place(value, ys[0], xs, ys)
+        base = HEIGHT - BOTTOM
         parts.append(f'<path class="axis" d="M{x:.1f} {base}v4"/>')
         parts.append(f'<text x="{x:.1f}" y="{base + 17}" text-anchor="middle">{value:g}</text>')
-    parts.append(f'<path class="axis" d="M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
-    middle = (WIDTH + _LEFT - _RIGHT) / 2
+    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    middle = (WIDTH + LEFT - RIGHT) / 2
     parts.append(
         f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
     )
     if y_label:
-        centre = (HEIGHT - _BOTTOM + _TOP) / 2
+        centre = (HEIGHT - BOTTOM + TOP) / 2
         parts.append(
             f'<text transform="translate(13 {centre}) rotate(-90)" text-anchor="middle">'
             f"{escape(y_label)}</text>"
@@ -176,6 +178,7 @@ def _axes(xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str) 
     return Markup("".join(parts))
 
 
-def _svg(title: str, body: Markup) -> Markup:
+def svg_of(title: str, body: Markup) -> Markup:
+    """Drawing of the size of all charts."""
     frame = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
     return frame.format(WIDTH, HEIGHT, title, body)
