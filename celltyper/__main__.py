@@ -198,12 +198,20 @@ def evaluate(
 def report(folder: Path, resamples: int, quiet: bool) -> None:
     """Make the table of a protocol that train --protocol wrote, finished or not.
 
-    Writes table.csv, classes.csv, differences.csv, table.md and report.html into OUT.
+    Writes table.csv, classes.csv, differences.csv, table.md and report.html into OUT; for patches,
+    table.csv and table.md.
     """
     start_log(quiet)
     from celltyper.protocols import report_protocol
+    from celltyper.protocols.table import read_plan
     from celltyper.protocols.writing import table_text
 
+    if read_plan(folder).get("task") == "patches":
+        from celltyper.protocols.patch_table import patch_table_text, report_patch_protocol
+
+        say(quiet, patch_table_text(report_patch_protocol(folder, resamples=resamples)))
+        say(quiet, f"table: {folder / 'table.md'}")
+        return
     say(quiet, table_text(report_protocol(folder, resamples=resamples)))
     say(quiet, f"report: {folder / 'report.html'}")
 

@@ -32,6 +32,7 @@ from celltyper.errors import CheckpointError
 from celltyper.models import CellTyper, build_model
 
 FORMAT = 1
+PROTOCOL_FILE = "protocol.json"
 MODEL_FILE = "model.safetensors"
 
 
@@ -46,6 +47,46 @@ class Header:
     encoder_fingerprint: str
     celltyper_version: str = __version__
     format: int = FORMAT
+
+
+def model_folders(path: str | Path) -> list[Path]:
+    """Run folders that a path stands for: its own, or those of the protocol that it holds.
+
+    Parameters
+    ----------
+    path : str or Path
+        A run folder, the ``model.safetensors`` in it, the folder of a protocol, or that of one of
+        its variants.
+
+    Returns
+    -------
+    list of Path
+        One, or all finished runs of the protocol that train on all of their data.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no model, or the protocol compares several variants.
+    """
+    path = Path(path)
+    if path.is_file() or (path / MODEL_FILE).is_file():
+        return [path]
+    plan = next((p for p in (path, path.parent) if (p / PROTOCOL_FILE).is_file()), None)
+    if plan is None:
+        raise CheckpointError(f"no model at {path}: give a folder that 'celltyper train' wrote")
+    try:
+        entries = json.loads((plan / PROTOCOL_FILE).read_text(encoding="utf-8"))["runs"]
+        runs = [(plan / e["path"], e["variant"]) for e in entries if e["fraction"] == 1]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{plan / PROTOCOL_FILE} is damaged: {one_line(error)}") from error
+    runs = [run for run in runs if run[0].is_relative_to(path)]
+    variants = sorted({variant for _, variant in runs})
+    if len(variants) > 1:
+        raise CheckpointError(f"{path} compares {', '.join(variants)}: give {path / variants[0]}")
+    found = [folder for folder, _ in runs if (folder / MODEL_FILE).is_file()]
+    if not found:
+        raise CheckpointError(f"{path} holds no finished run: go on with train --resume")
+    return found
 
 
 def trained_state(model: CellTyper) -> dict[str, Tensor]:
@@ -143,7 +184,9 @@ def load_model(
     if not file.is_file():
         raise CheckpointError(f"no model at {file}: give a run folder that 'celltyper train' wrote")
     state, values = read_tensors(file)
-    # before the rest, which another format may hold in another way
+    # both before the rest, which another format or task holds in another way
+    if values.get("task", "cells") != "cells":
+        raise CheckpointError(f"{file} types patches: it does not find cells on images")
     if values.get("format", FORMAT) != FORMAT:
         raise CheckpointError(
             f"{file} has checkpoint format {values['format']}, this celltyper reads {FORMAT}; "

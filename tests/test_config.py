@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from celltyper.config import Config, dump_config, load_config, parse_config, recipes
+from celltyper.config import Config, dump_config, load_config, parse_config, recipes, task_of
 from celltyper.errors import ConfigError
+from celltyper.patches.config import PatchConfig
 
 
 def test_defaults_survive_writing_and_reading(tmp_path: Path) -> None:
@@ -82,18 +83,24 @@ def test_recipes_hold_only_what_they_choose(name: str) -> None:
         return found
 
     given = dict(leaves(yaml.safe_load(recipes()[name].read_text())))
-    defaults = dict(leaves(Config().model_dump(mode="json")))
-    same = [k for k, v in given.items() if k in defaults and defaults[k] == v]
-    # Which encoder, decoder and instance method is what a recipe is called after.
-    assert set(same) <= {"encoder.name", "encoder.adapt", "decoder.name", "instances.method"}
+    model = {"cells": Config, "patches": PatchConfig}[task_of(name)]
+    defaults = dict(leaves(model().model_dump(mode="json")))
+    same = {k for k, v in given.items() if k in defaults and defaults[k] == v}
+    # What a recipe is called after.
+    names = {"encoder.name", "encoder.adapt", "decoder.name", "instances.method", "head.name"}
+    assert same <= names | {"task"}
 
 
 def test_annotated_config_shows_every_key_with_its_default() -> None:
     import yaml
 
-    path = Path(__file__).parents[1] / "docs" / "config.yaml"
+    docs = Path(__file__).parents[1] / "docs"
+    path = docs / "config.yaml"
     assert yaml.safe_load(path.read_text()) == Config().model_dump(mode="json")
     assert load_config(path) == Config()
+    path = docs / "config-patches.yaml"
+    assert yaml.safe_load(path.read_text()) == PatchConfig().model_dump(mode="json")
+    assert load_config(path, [], PatchConfig) == PatchConfig()
 
 
 def test_names_of_splits_may_be_numbers() -> None:

@@ -25,7 +25,7 @@ from celltyper.protocols import load_protocol, protocol_table, report_protocol, 
 from celltyper.protocols.plan import PlannedRun, plan_runs
 from celltyper.protocols.protocol import Protocol, protocol_files, variant_configs
 from celltyper.protocols.scores import SCORES_FILE, read_scores, write_scores
-from celltyper.protocols.table import PROTOCOL_FILE
+from celltyper.checkpoints import PROTOCOL_FILE
 from celltyper.protocols.writing import FILES, table_text
 from celltyper.readers import open_dataset
 from celltyper.types import Prediction, Sample
@@ -81,11 +81,14 @@ def test_wrong_protocols_are_refused_in_one_line(text: str, said: str, tmp_path:
 
 def test_protocols_that_come_along_are_found_by_name(tmp_path: Path) -> None:
     assert [*protocol_files()] == [
+        "cv",
+        "domains",
         "fractions",
         "kfold",
         "leave-domain-out",
         "lizard-glas",
         "pannuke-folds",
+        "scaling",
     ]
     assert load_protocol("kfold").folds == 5
     assert load_protocol("fractions").fractions == (1, 0.5, 0.2, 0.1, 0.05, 0.01)
@@ -94,7 +97,7 @@ def test_protocols_that_come_along_are_found_by_name(tmp_path: Path) -> None:
     assert len(load_protocol("pannuke-folds").splits or ()) == 3
     with pytest.raises(ConfigError, match="unknown protocol 'kfolds'; did you mean 'kfold'"):
         load_protocol("kfolds")
-    with pytest.raises(ConfigError, match="does not exist; those that come along: fractions"):
+    with pytest.raises(ConfigError, match="does not exist; those that come along: cv"):
         load_protocol(tmp_path / "none.yaml")
 
 

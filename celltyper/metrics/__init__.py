@@ -13,6 +13,8 @@ from celltyper.metrics.calibration import (
     expected_calibration_error,
     reliability_table,
 )
+from celltyper.metrics.classification import PatchScores, agreement, score_patches
+from celltyper.metrics.comparison import ScoredPatches, paired_difference
 from celltyper.metrics.counts import count_moments, count_r2
 from celltyper.metrics.detection import (
     HOVERNET_WEIGHTS,
@@ -38,6 +40,14 @@ from celltyper.metrics.panoptic import (
     panoptic_quality_of,
     pq_of_counts,
 )
+from celltyper.metrics.ranking import (
+    OperatingPoints,
+    auroc,
+    average_precision,
+    choose_threshold,
+    operating_points,
+    sensitivity_at_specificity,
+)
 from celltyper.metrics.ratios import mean_of_known, ratio
 from celltyper.metrics.reference import (
     ReferenceClasses,
@@ -55,14 +65,21 @@ __all__ = [
     "Interval",
     "Matches",
     "MulticlassPanopticQuality",
+    "OperatingPoints",
     "Overlap",
     "PairedDifference",
     "PanopticQuality",
+    "PatchScores",
     "ReferenceClasses",
     "ReliabilityTable",
+    "ScoredPatches",
     "aggregated_jaccard",
+    "agreement",
     "aji",
     "aji_plus",
+    "auroc",
+    "average_precision",
+    "choose_threshold",
     "class_f1",
     "cluster_bootstrap",
     "confusion_matrix",
@@ -82,13 +99,17 @@ __all__ = [
     "mpq_plus",
     "multiclass_panoptic_quality",
     "multiclass_panoptic_quality_of",
+    "operating_points",
     "overlap",
     "paired_bootstrap",
+    "paired_difference",
     "panoptic_quality",
     "panoptic_quality_of",
     "pq_of_counts",
     "ratio",
     "reference_instance_classes",
     "reliability_table",
+    "score_patches",
+    "sensitivity_at_specificity",
     "typed_f1",
 ]

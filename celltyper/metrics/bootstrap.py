@@ -78,7 +78,9 @@ def cluster_bootstrap(
     counts = np.asarray(counts, np.float64)
     if len(counts) < 2:
         return Interval(np.nan, np.nan)
-    return _interval(statistic(_totals(counts, _weights(len(counts), n, seed))), level)
+    return percentile_interval(
+        statistic(_totals(counts, draw_weights(len(counts), n, seed))), level
+    )
 
 
 def paired_bootstrap(
@@ -124,15 +126,23 @@ def paired_bootstrap(
     difference = float(statistic(a.sum(0)) - statistic(b.sum(0)))
     if len(a) < 2:
         return PairedDifference(difference, np.nan, np.nan, np.nan)
-    weights = _weights(len(a), n, seed)
+    weights = draw_weights(len(a), n, seed)
     differences = statistic(_totals(a, weights)) - statistic(_totals(b, weights))
+    return paired_interval(difference, differences, level)
+
+
+def paired_interval(
+    difference: float, differences: NDArray[np.float64], level: float = 0.95
+) -> PairedDifference:
+    """Percentile interval and p-value from the differences of all resamples, NaN left out."""
     known = differences[~np.isnan(differences)]
     side = min((known <= 0).sum(), (known >= 0).sum())
     p_value = min(1.0, float(2 * (side + 1) / (len(known) + 1))) if len(known) else np.nan
-    return PairedDifference(difference, *_interval(differences, level), p_value)
+    return PairedDifference(difference, *percentile_interval(differences, level), p_value)
 
 
-def _weights(clusters: int, n: int, seed: int) -> NDArray[np.float64]:
+def draw_weights(clusters: int, n: int, seed: int) -> NDArray[np.float64]:
+    """How often each cluster is drawn, shape (n, clusters)."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=n).astype(np.float64)
 
@@ -142,7 +152,8 @@ def _totals(counts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArra
     return totals.reshape(len(weights), *counts.shape[1:])
 
 
-def _interval(scores: NDArray[np.float64], level: float) -> Interval:
+def percentile_interval(scores: NDArray[np.float64], level: float = 0.95) -> Interval:
+    """Percentile interval of scores, NaN left out."""
     known = scores[~np.isnan(scores)]
     if not len(known):
         return Interval(np.nan, np.nan)

@@ -19,6 +19,7 @@ from celltyper.datasets.splitting import (
     nested_fractions,
 )
 from celltyper.errors import DataError
+from celltyper.patches.config import PatchData
 from celltyper.protocols.protocol import Protocol
 
 
@@ -35,7 +36,7 @@ class PlannedRun:
     part : str
         What is tested: ``fold-1``, ``centre-dpath``, or names of splits.
     domain : str
-        The domain that is left out, "" otherwise.
+        The domain that is left out, or that trains, "" otherwise.
     fraction : float
         Share of the training nuclei that was asked for.
     reached : float
@@ -68,7 +69,7 @@ class _Part(NamedTuple):
 
 def plan_runs(
     protocol: Protocol,
-    data: Data,
+    data: Data | PatchData,
     whole: Dataset,
     counts: Counts,
     seeds: Sequence[int],
@@ -82,7 +83,7 @@ def plan_runs(
     Parameters
     ----------
     protocol : Protocol
-    data : Data
+    data : Data or PatchData
         Names of the splits to train and validate on, and the share to hold out.
     whole : Dataset
         From `celltyper.parts.open_whole`.
@@ -131,7 +132,7 @@ def plan_runs(
 
 
 def _parts(
-    protocol: Protocol, data: Data, whole: Dataset, counts: Counts, seed: int
+    protocol: Protocol, data: Data | PatchData, whole: Dataset, counts: Counts, seed: int
 ) -> Iterator[_Part]:
     splits = whole.splits
     if protocol.folds is not None:
@@ -140,21 +141,29 @@ def _parts(
         for number, fold in enumerate(group_folds(base, protocol.folds, seed, counts), 1):
             rest = base.subset(n for n in base.names if n not in set(fold))
             yield _Part(f"fold-{number}", "", rest, None, fold)
-    elif protocol.leave_out is not None:
+    elif protocol.hold_out is not None:
+        base = whole.subset(splits[data.train]) if data.train in splits else whole
+        rest, test_part = split_by_group(base, protocol.hold_out, seed, counts)
+        yield _Part("held-out", "", rest, None, test_part.names)
+    elif (axis := protocol.leave_out or protocol.train_on) is not None:
         listed = {name for names in splits.values() for name in names}
         base = whole
         if data.split is not None:
             base = whole.subset(n for n in whole.names if n in listed)
-        parts = leave_out_domain(base, protocol.leave_out)
+        parts = leave_out_domain(base, axis)
         unknown = [domain for domain in protocol.domains if domain not in parts]
         if unknown:
+            what = "leave out" if protocol.leave_out else "train on"
             raise DataError(
-                f"{whole.path}: no {protocol.leave_out} {listing(unknown)} to leave out (there "
-                f"are: {', '.join(parts)})"
+                f"{whole.path}: no {axis} {listing(unknown)} to {what} (there are: "
+                f"{', '.join(parts)})"
             )
         for domain in protocol.domains or parts:
-            rest, held_out = parts[domain]
-            yield _Part(_slug(f"{protocol.leave_out}-{domain}"), domain, rest, None, held_out.names)
+            others, own = parts[domain]
+            if protocol.train_on is not None:
+                yield _Part(_slug(f"trained-on-{domain}"), domain, own, None, others.names)
+            else:
+                yield _Part(_slug(f"{axis}-{domain}"), domain, others, None, own.names)
     elif protocol.splits:
         for chosen in protocol.splits:
             for name in chosen.values():

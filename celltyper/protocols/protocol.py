@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from celltyper.config import Config, Section, first_problem, one_line, parse_config, recipes
+from celltyper.config import Section, first_problem, one_line, parse_config, recipes
 from celltyper.errors import ConfigError, unknown_name
 
 FIXED = ("train", "val", "split", "val_fraction", "root", "reader", "taxonomy")
@@ -20,23 +20,29 @@ Seed = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
 Text = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 """YAML reads the name of a split or domain such as 1 as a number."""
-WAYS = ("folds", "leave_out", "test", "splits")
+Whole = TypeVar("Whole", bound=Section)
+
+WAYS = ("folds", "leave_out", "train_on", "hold_out", "test", "splits")
 
 
 class Protocol(Section):
     """Which runs there are: every test part x fraction x seed x variant.
 
-    Exactly one of ``folds`` (number of folds of whole groups), ``leave_out`` (an axis of the
-    data's domains, such as centre, or some ``domains`` of it), ``test`` (a split that the data, or
-    ``data.split``, name) and ``splits`` (which splits train, validate and test, several times)
-    says what is tested. ``fractions`` are of the training images, nested. ``seeds`` decide
-    weights, order and augmentation, and which groups are in which fold, fraction and validation;
-    by default it is the seed of the config. ``variants`` are values of ``section.key`` in place of
-    the config's.
+    Exactly one of these says what is tested: ``folds`` (number of folds of whole groups),
+    ``leave_out`` (an axis of the data's domains, such as centre, or some ``domains`` of it),
+    ``train_on`` (an axis, or some ``domains`` of it: each trains a model that all others test),
+    ``hold_out`` (a share of the images, in whole groups), ``test`` (a split that the data, or
+    ``data.split``, name) and ``splits`` (which splits train, validate and test, several times).
+
+    ``fractions`` are of the training images, nested. ``seeds`` decide weights, order and
+    augmentation, and which groups are in which fold, fraction and validation; by default it is
+    the seed of the config. ``variants`` are values of ``section.key`` in place of the config's.
     """
 
     folds: int | None = Field(None, ge=2)
     leave_out: Text | None = None
+    train_on: Text | None = None
+    hold_out: float | None = Field(None, gt=0.0, lt=1.0)
     domains: tuple[Text, ...] = ()
     test: Text | None = None
     splits: tuple[dict[Literal["train", "val", "test"], Text], ...] = ()
@@ -49,11 +55,13 @@ class Protocol(Section):
         given = [key for key in WAYS if getattr(self, key)]
         if len(given) != 1:
             raise ValueError(
-                "give exactly one of folds, leave_out, test and splits, got "
+                f"give exactly one of {', '.join(WAYS[:-1])} and {WAYS[-1]}, got "
                 + (", ".join(given) or "none")
             )
-        if self.domains and self.leave_out is None:
-            raise ValueError("domains has no effect without leave_out, whose domains it lists")
+        if self.domains and self.leave_out is None and self.train_on is None:
+            raise ValueError(
+                "domains has no effect without leave_out or train_on, whose domains it lists"
+            )
         if any(not {"train", "test"} <= names.keys() for names in self.splits):
             raise ValueError("each of splits names train and test, and may name val")
         for key in ("fractions", "seeds", "domains", "splits"):
@@ -114,13 +122,14 @@ def load_protocol(source: str | Path) -> Protocol:
         raise ConfigError(f"{path}: {first_problem(error, Protocol)}") from error
 
 
-def variant_configs(protocol: Protocol, config: Config) -> dict[str, Config]:
+def variant_configs(protocol: Protocol, config: Whole) -> dict[str, Whole]:
     """Config of every variant.
 
     Parameters
     ----------
     protocol : Protocol
     config : Config
+        Or a `PatchConfig`.
 
     Returns
     -------
@@ -137,6 +146,7 @@ def variant_configs(protocol: Protocol, config: Config) -> dict[str, Config]:
         name: parse_config(
             values,
             [f"{key}={json.dumps(value)}" for key, value in own.items()],
+            type(config),
             where=f"variant {name!r}",
         )
         for name, own in (protocol.variants or {"": {}}).items()

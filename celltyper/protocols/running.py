@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +17,25 @@ from tqdm import tqdm
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_json
 from celltyper.checkpoints import load_model
-from celltyper.config import Config, parse_config
+from celltyper.config import Config
 from celltyper.datasets import Dataset
 from celltyper.datasets.splitting import class_counts
-from celltyper.errors import ConfigError, DataError
 from celltyper.evaluation import score_image, summarise
 from celltyper.models import build_model
-from celltyper.parts import Parts, open_whole, read_splits
+from celltyper.parts import Parts, open_whole
 from celltyper.predict import predict_image
+from celltyper.protocols.folder import (
+    check_folder,
+    entry_of,
+    say_plan,
+    splits_of,
+    start_protocol,
+)
 from celltyper.protocols.plan import PlannedRun, plan_runs
 from celltyper.protocols.protocol import Protocol, variant_configs
 from celltyper.protocols.scores import SCORES_FILE, write_scores
-from celltyper.protocols.table import PROTOCOL_FILE, read_plan
-from celltyper.protocols.writing import FILES
 from celltyper.reporting import notice_of
-from celltyper.runs import CONFIG_FILE, RUN_FILE, SPLIT_FILE, difference
+from celltyper.runs import CONFIG_FILE, RUN_FILE, SPLIT_FILE
 from celltyper.training import (
     check_room,
     check_settings,
@@ -44,9 +46,6 @@ from celltyper.training import (
 )
 
 logger = logging.getLogger("celltyper")
-
-TEST = "test"
-"""Name of the test images in the split file of a run."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,14 @@ def run_protocol(
         "data": {"name": whole.name, "images": len(whole), "notice": notice_of(whole)},
         "classes": list(whole.classes),
         "colors": list(whole.colors),
-        "runs": [_entry(run) for run in runs],
+        "runs": [entry_of(run) for run in runs],
     }
     state = PartialState(cpu=place.type == "cpu")
-    _check_output(output, about, runs, whole, resolved, resume=resume, overwrite=overwrite)
+    check_folder(output, about, runs, whole, resolved, resume=resume, overwrite=overwrite)
     state.wait_for_everyone()
     if state.is_main_process:
-        _start(output, about, overwrite=overwrite)
-    _say_plan(runs, whole)
+        start_protocol(output, about, overwrite=overwrite)
+    say_plan(runs, whole)
     state.wait_for_everyone()
     started = time.monotonic()
     todo = [run for run in runs if not (output / run.path / SCORES_FILE).is_file()]
@@ -186,101 +185,6 @@ def _shape_at(shape: tuple[int, int], mpp: float | None, wanted: float | None) -
     return max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
 
 
-def _entry(run: PlannedRun) -> dict[str, Any]:
-    """A run as ``protocol.json`` holds it; names are in its split file."""
-    fields = asdict(run)
-    return fields | {part: len(fields[part]) for part in ("train", "val", "test")}
-
-
-def _splits(run: PlannedRun, config: Config) -> dict[str, list[str]]:
-    data = config.data
-    return {data.train: list(run.train), data.val: list(run.val), TEST: list(run.test)}
-
-
-def _check_output(
-    output: Path,
-    about: Mapping[str, Any],
-    runs: Sequence[PlannedRun],
-    whole: Dataset,
-    configs: Mapping[str, Config],
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> None:
-    """Refuse a folder that holds something else than the protocol to be continued."""
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file; give a folder for the protocol")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if not (output / PROTOCOL_FILE).is_file():
-        raise ConfigError(f"{output} holds other files; give an empty or new folder")
-    if overwrite:
-        return
-    if not resume:
-        raise ConfigError(
-            f"{output} already holds a protocol; pass --resume to go on with it, --overwrite to "
-            "start over, or another folder"
-        )
-    old = read_plan(output)
-    was, now = (Protocol.model_validate(side["protocol"]) for side in (old, about))
-    changed = difference(was, now)
-    for name, config in configs.items():
-        if not changed and name in old["variants"]:
-            changed = difference(parse_config(old["variants"][name]), config)
-    if changed:
-        raise ConfigError(
-            f"{output} was started with another protocol or config ({changed}); resume with the "
-            "same ones, or give another folder"
-        )
-    if old["runs"] != about["runs"] or old["classes"] != about["classes"]:
-        raise DataError(
-            f"{whole.path} gives other splits than when {output} was started: its images, groups "
-            "or classes have changed; put them back, or give another folder"
-        )
-    for run in runs:
-        file = output / run.path / SPLIT_FILE
-        if file.is_file():
-            kept = {part: list(names) for part, names in read_splits(file).items()}
-            if kept != _splits(run, configs[run.variant]):
-                raise DataError(
-                    f"{file} lists other images than the data give now: put the data back, or "
-                    "give another folder"
-                )
-
-
-def _start(output: Path, about: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Create the folder and write what is to be run; runs of an earlier protocol go."""
-    make_folder(output)
-    if overwrite and (output / PROTOCOL_FILE).is_file():
-        for entry in read_plan(output)["runs"]:
-            folder = (output / entry["path"]).resolve()
-            if folder != output.resolve() and folder.is_relative_to(output.resolve()):
-                shutil.rmtree(folder, ignore_errors=True)
-        for name in FILES:
-            (output / name).unlink(missing_ok=True)
-    write_json(output / PROTOCOL_FILE, about)
-
-
-def _say_plan(runs: Sequence[PlannedRun], whole: Dataset) -> None:
-    """Log how many runs there are, images that take no part, and fractions that are the same."""
-    used = {n for run in runs for n in (*run.train, *run.val, *run.test)}
-    logger.info("%d run%s on %d images", len(runs), "s" * (len(runs) > 1), len(used))
-    if len(used) < len(whole):
-        logger.info("%d images of %s take no part", len(whole) - len(used), whole.path)
-    same: dict[tuple[Any, ...], float] = {}
-    for run in runs:
-        key = run.variant, run.part, run.seed, run.train
-        other = same.setdefault(key, run.fraction)
-        if other != run.fraction:
-            logger.warning(
-                "%s: fraction %g trains on the same images as %g, for whole groups hold %.1f %%",
-                run.path,
-                run.fraction,
-                other,
-                100 * run.reached,
-            )
-
-
 def _run(
     run: PlannedRun,
     output: Path,
@@ -294,7 +198,7 @@ def _run(
     folder = output / run.path
     if state.is_main_process:
         make_folder(folder)
-        write_json(folder / SPLIT_FILE, _splits(run, config))
+        write_json(folder / SPLIT_FILE, splits_of(run, config))
     state.wait_for_everyone()
     if not (folder / RUN_FILE).is_file():
         data = config.data.model_copy(update={"split": (folder / SPLIT_FILE).absolute()})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from celltyper.checkpoints import PROTOCOL_FILE
 from celltyper.errors import DataError
 from celltyper.evaluation import BLOCK_PX, MIN_GROUPS, SCORES, ImageScores, summarise
 from celltyper.metrics.bootstrap import PairedDifference, cluster_bootstrap, paired_bootstrap
@@ -26,8 +27,6 @@ from celltyper.protocols.pooling import (
 from celltyper.protocols.protocol import Protocol
 from celltyper.protocols.scores import SCORES_FILE, read_scores
 from celltyper.runs import CONFIG_FILE
-
-PROTOCOL_FILE = "protocol.json"
 
 MEAN = "mean"
 """Stands for the domain in the row that averages them."""

@@ -1,0 +1,1 @@
+"""One label per window: mitotic figures and other cells typed by the patch around them."""

@@ -1,0 +1,280 @@
+"""A trained model of patch mode: what it shows the encoder, its head, and its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from celltyper import __version__
+from celltyper.cache import cache_folder
+from celltyper.checkpoints import MODEL_FILE, model_folders, read_tensors, write_tensors
+from celltyper.config import parse_config
+from celltyper.encoders import load_encoder
+from celltyper.encoders.trainability import fingerprint
+from celltyper.errors import CheckpointError
+from celltyper.patches.config import PatchConfig
+from celltyper.patches.embedding import Embedder, embed_table
+from celltyper.patches.table import PatchTable
+from celltyper.probes import Probe, load_probe
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class PatchModel:
+    """Types windows.
+
+    Parameters
+    ----------
+    embedder : Embedder
+        What the encoder is shown, and what is taken of what it gives.
+    probe : Probe
+        Turns embeddings into probabilities.
+    config : PatchConfig
+        As resolved when it was trained.
+    classes : tuple of str
+        The K names.
+    positive : int
+        Index of the positive class.
+    threshold : float
+        Probability from which a window is called positive; with more than two classes the most
+        probable one is called.
+    size : int
+        Side of a window in pixels at `mpp`.
+    mpp : float or None
+        Micrometres per pixel, None if unknown.
+    """
+
+    embedder: Embedder
+    probe: Probe
+    config: PatchConfig
+    classes: tuple[str, ...]
+    positive: int
+    threshold: float
+    size: int
+    mpp: float | None
+
+    def probabilities(
+        self, table: PatchTable, *, symmetries: int | None = None, progress: bool = True
+    ) -> NDArray[np.float64]:
+        """Class probabilities of windows.
+
+        Parameters
+        ----------
+        table : PatchTable
+        symmetries : int or None
+            Average over so many symmetries of the square; None takes those of training.
+        progress : bool
+            Show a progress bar on a terminal.
+
+        Returns
+        -------
+        ndarray of float64, shape (n, K)
+        """
+        view = self.config.view
+        embeddings = embed_table(
+            self.embedder,
+            table,
+            cache_folder() / "embeddings",
+            size=self.size,
+            mpp=self.mpp,
+            symmetries=symmetries or view.symmetries,
+            batch_size=view.batch_size,
+            progress=progress,
+        )
+        return mean_probabilities(self.probe, embeddings)
+
+
+def ensemble_probabilities(
+    models: Sequence[PatchModel],
+    table: PatchTable,
+    *,
+    symmetries: int | None = None,
+    progress: bool = True,
+) -> NDArray[np.float64]:
+    """Class probabilities of windows by each of several models.
+
+    Parameters
+    ----------
+    models : sequence of PatchModel, of length M
+        Those that share an encoder and a view see every window once together.
+    table : PatchTable
+    symmetries, progress
+        As in `PatchModel.probabilities`.
+
+    Returns
+    -------
+    ndarray of float64, shape (M, n, K)
+        Their mean over M is the ensemble.
+    """
+    return np.stack(
+        [model.probabilities(table, symmetries=symmetries, progress=progress) for model in models]
+    )
+
+
+def mean_probabilities(probe: Probe, embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Probabilities (n, K) of embeddings (n, symmetries, D), averaged over symmetries."""
+    n, symmetries, _ = embeddings.shape
+    flat = probe.probabilities(embeddings.reshape(n * symmetries, -1))
+    mean: NDArray[np.float64] = flat.reshape(n, symmetries, -1).mean(axis=1)
+    return mean
+
+
+def build_embedder(config: PatchConfig, device: str | torch.device = "cpu") -> Embedder:
+    """Load the encoder of a config, and say what it is shown.
+
+    Raises
+    ------
+    ConfigError, CheckpointError
+        If the encoder, its weights, or what the config takes of it cannot be had.
+    """
+    encoder = load_encoder(
+        config.encoder.name,
+        weights=config.encoder.weights,
+        adapt="frozen",
+        seed=config.seed,
+        revision=config.encoder.revision,
+        **config.encoder.options,
+    )
+    return Embedder(encoder.to(device), config.view.pool, config.view.input)
+
+
+def save_patch_model(folder: Path, model: PatchModel) -> None:
+    """Write the head and what it needs to know, never the encoder's weights; atomically."""
+    header = {
+        "task": "patches",
+        "format": FORMAT,
+        "celltyper_version": __version__,
+        "config": model.config.model_dump(mode="json"),
+        "classes": list(model.classes),
+        "positive": model.positive,
+        "threshold": model.threshold,
+        "size": model.size,
+        "mpp": model.mpp,
+        "encoder_fingerprint": fingerprint(model.embedder.encoder),
+        "probe": model.probe.facts(),
+    }
+    write_tensors(folder / MODEL_FILE, model.probe.tensors(), header)
+
+
+def load_patch_model(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    encoder_weights: str | None = None,
+    embedder: Embedder | None = None,
+) -> PatchModel:
+    """Load a trained model of patch mode.
+
+    Parameters
+    ----------
+    path : str or Path
+        Run folder, or the ``model.safetensors`` in it.
+    device : str or torch.device
+        Where to put the encoder.
+    encoder_weights : str or None
+        File or folder of the encoder's weights, if not where they were.
+    embedder : Embedder or None
+        Of another model with the same encoder and view, to be shared.
+
+    Returns
+    -------
+    PatchModel
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, of the other task, or of another encoder.
+    """
+    path = Path(path)
+    file = path / MODEL_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"no model at {path}: give a run that 'celltyper train' wrote")
+    tensors, header = read_tensors(file)
+    if header.get("task") != "patches":
+        raise CheckpointError(f"{file} finds cells on images: it does not type patches")
+    if header.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file} was written by celltyper {header.get('celltyper_version')}, whose format "
+            "this version does not read"
+        )
+    return _made(file, tensors, header, device, encoder_weights, embedder)
+
+
+def load_patch_models(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    encoder_weights: str | None = None,
+) -> tuple[PatchModel, ...]:
+    """Load the model of a run, or those of all runs of a protocol.
+
+    Parameters
+    ----------
+    path : str or Path
+        As `celltyper.checkpoints.model_folders` takes it.
+    device, encoder_weights
+        As in `load_patch_model`.
+
+    Returns
+    -------
+    tuple of PatchModel
+        They share one encoder in memory where it is frozen.
+
+    Raises
+    ------
+    CheckpointError
+        As `load_patch_model`, or if the models do not have the same classes and windows.
+    """
+    models: list[PatchModel] = []
+    for folder in model_folders(path):
+        shared = models[0].embedder if models else None
+        model = load_patch_model(
+            folder, device=device, encoder_weights=encoder_weights, embedder=shared
+        )
+        first = models[0] if models else model
+        if _kind(model) != _kind(first):
+            raise CheckpointError(
+                f"{folder} has other classes or windows than the rest of {path}: name one run"
+            )
+        models.append(model)
+    return tuple(models)
+
+
+def _kind(model: PatchModel) -> tuple[object, ...]:
+    return model.classes, model.positive, model.size, model.mpp
+
+
+def _made(
+    file: Path,
+    tensors: Mapping[str, torch.Tensor],
+    header: Mapping[str, Any],
+    device: str | torch.device,
+    encoder_weights: str | None,
+    embedder: Embedder | None,
+) -> PatchModel:
+    overrides = [] if encoder_weights is None else [f"encoder.weights={encoder_weights!r}"]
+    config = parse_config(header["config"], overrides, PatchConfig, where=str(file))
+    if embedder is None:
+        embedder = build_embedder(config, device)
+    if fingerprint(embedder.encoder) != header["encoder_fingerprint"]:
+        raise CheckpointError(
+            f"{file} was trained on other weights of {config.encoder.name} than "
+            f"{config.encoder.weights}: pass those with --weights"
+        )
+    return PatchModel(
+        embedder=embedder,
+        probe=load_probe(header["probe"], tensors),
+        config=config,
+        classes=tuple(header["classes"]),
+        positive=int(header["positive"]),
+        threshold=float(header["threshold"]),
+        size=int(header["size"]),
+        mpp=header["mpp"],
+    )

@@ -1,0 +1,124 @@
+"""The folder of a protocol: what is to be run, and whether it may be gone on with."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from celltyper.atomic import make_folder, write_json
+from celltyper.checkpoints import PROTOCOL_FILE
+from celltyper.config import Config, parse_config
+from celltyper.datasets import Dataset
+from celltyper.errors import ConfigError, DataError
+from celltyper.parts import read_splits
+from celltyper.patches.config import PatchConfig
+from celltyper.protocols.plan import PlannedRun
+from celltyper.protocols.protocol import Protocol
+from celltyper.protocols.table import read_plan
+from celltyper.protocols.writing import FILES
+from celltyper.runs import SPLIT_FILE, difference
+
+logger = logging.getLogger("celltyper")
+
+TEST = "test"
+"""Name of the test images in the split file of a run."""
+
+
+def entry_of(run: PlannedRun) -> dict[str, Any]:
+    """A run as ``protocol.json`` holds it; names are in its split file."""
+    fields = asdict(run)
+    return fields | {part: len(fields[part]) for part in ("train", "val", "test")}
+
+
+def splits_of(run: PlannedRun, config: Config | PatchConfig) -> dict[str, list[str]]:
+    """Names of a run's images by part, for its split file."""
+    data = config.data
+    return {data.train: list(run.train), data.val: list(run.val), TEST: list(run.test)}
+
+
+def check_folder(
+    output: Path,
+    about: Mapping[str, Any],
+    runs: Sequence[PlannedRun],
+    whole: Dataset,
+    configs: Mapping[str, Config] | Mapping[str, PatchConfig],
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Refuse a folder that holds something else than the protocol to be continued."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file; give a folder for the protocol")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not (output / PROTOCOL_FILE).is_file():
+        raise ConfigError(f"{output} holds other files; give an empty or new folder")
+    if overwrite:
+        return
+    if not resume:
+        raise ConfigError(
+            f"{output} already holds a protocol; pass --resume to go on with it, --overwrite to "
+            "start over, or another folder"
+        )
+    old = read_plan(output)
+    was, now = (Protocol.model_validate(side["protocol"]) for side in (old, about))
+    changed = difference(was, now)
+    for name, config in configs.items():
+        if not changed and name in old["variants"]:
+            changed = difference(parse_config(old["variants"][name], (), type(config)), config)
+    if changed:
+        raise ConfigError(
+            f"{output} was started with another protocol or config ({changed}); resume with the "
+            "same ones, or give another folder"
+        )
+    if old["runs"] != about["runs"] or old["classes"] != about["classes"]:
+        raise DataError(
+            f"{whole.path} gives other splits than when {output} was started: its images, groups "
+            "or classes have changed; put them back, or give another folder"
+        )
+    for run in runs:
+        file = output / run.path / SPLIT_FILE
+        if file.is_file():
+            kept = {part: list(names) for part, names in read_splits(file).items()}
+            if kept != splits_of(run, configs[run.variant]):
+                raise DataError(
+                    f"{file} lists other images than the data give now: put the data back, or "
+                    "give another folder"
+                )
+
+
+def start_protocol(output: Path, about: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Create the folder and write what is to be run; runs of an earlier protocol go."""
+    make_folder(output)
+    if overwrite and (output / PROTOCOL_FILE).is_file():
+        for entry in read_plan(output)["runs"]:
+            folder = (output / entry["path"]).resolve()
+            if folder != output.resolve() and folder.is_relative_to(output.resolve()):
+                shutil.rmtree(folder, ignore_errors=True)
+        for name in FILES:
+            (output / name).unlink(missing_ok=True)
+    write_json(output / PROTOCOL_FILE, about)
+
+
+def say_plan(runs: Sequence[PlannedRun], whole: Dataset) -> None:
+    """Log how many runs there are, images that take no part, and fractions that are the same."""
+    used = {n for run in runs for n in (*run.train, *run.val, *run.test)}
+    logger.info("%d run%s on %d images", len(runs), "s" * (len(runs) > 1), len(used))
+    if len(used) < len(whole):
+        logger.info("%d images of %s take no part", len(whole) - len(used), whole.path)
+    same: dict[tuple[Any, ...], float] = {}
+    for run in runs:
+        key = run.variant, run.part, run.seed, run.train
+        other = same.setdefault(key, run.fraction)
+        if other != run.fraction:
+            logger.warning(
+                "%s: fraction %g trains on the same images as %g, for whole groups hold %.1f %%",
+                run.path,
+                run.fraction,
+                other,
+                100 * run.reached,
+            )
