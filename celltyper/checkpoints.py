@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from celltyper import __version__
 from celltyper.atomic import atomic_path
@@ -89,19 +89,48 @@ def model_folders(path: str | Path) -> list[Path]:
     return found
 
 
-def trained_state(model: CellTyper) -> dict[str, Tensor]:
+def task_of_run(path: str | Path) -> str:
+    """Say what a trained model does, without loading it.
+
+    Parameters
+    ----------
+    path : str or Path
+        As in `model_folders`.
+
+    Returns
+    -------
+    str
+        ``"patches"`` if it types patches, ``"cells"`` if it finds cells, or if that will show when
+        the file is loaded.
+
+    Raises
+    ------
+    CheckpointError
+        As `model_folders`.
+    """
+    found = model_folders(path)[0]
+    try:
+        with safe_open(found / MODEL_FILE if found.is_dir() else found, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["celltyper"])
+        return str(header.get("task", "cells"))
+    except (SafetensorError, OSError, KeyError, ValueError, AttributeError):
+        return "cells"
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """State that training may change: decoder, heads, and the adapted part of the encoder.
 
     Parameters
     ----------
-    model : CellTyper
+    model : nn.Module
+        With an ``encoder``.
 
     Returns
     -------
     dict of str to Tensor
         A subset of ``model.state_dict()``, not copied.
     """
-    encoder = model.encoder
+    encoder = model.get_submodule("encoder")
     trained = encoder.trained if isinstance(encoder, Adapted) else encoder.state_dict().keys()
     return {
         name: tensor
@@ -226,7 +255,7 @@ def load_model(
     return model.to(device).eval()
 
 
-def load_state(model: CellTyper, state: Mapping[str, Tensor], *, where: str) -> None:
+def load_state(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
     """Put trained state back into a model; every expected tensor must be there, and no other.
 
     Parameters

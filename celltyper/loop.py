@@ -51,7 +51,7 @@ class Loop:
         self.accelerator = accelerator
         self.bare = model
         self.base = fingerprint(model.encoder)
-        self.optimizer = make_optimizer(model, config)
+        self.optimizer = make_optimizer(model, config.train, config.encoder.layer_decay)
         self.rates = [float(g["lr"]) for g in self.optimizer.param_groups]
         self.weights = (
             None

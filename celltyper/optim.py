@@ -4,32 +4,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from celltyper.config import Config
 from celltyper.encoders.adapt import depths
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+class Rates(Protocol):
+    """Learning rates and weight decay; the ``train`` section of a config."""
+
+    @property
+    def lr(self) -> float:
+        """Of all but the encoder."""
+        ...
+
+    @property
+    def encoder_lr(self) -> float | None:
+        """Of the encoder; None for `lr`."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """On matrices and kernels."""
+        ...
+
+
+def make_optimizer(model: nn.Module, train: Rates, layer_decay: float = 1.0) -> torch.optim.AdamW:
     """AdamW (Loshchilov 2019, doi:10.48550/arXiv.1711.05101) over everything that is trainable.
 
     Parameters
     ----------
     model : nn.Module
-        With an ``encoder``; its parameters get ``train.encoder_lr``, times
-        ``encoder.layer_decay`` for every block that lies behind them
-        (doi:10.48550/arXiv.2003.10555): the last block gets it all, the embedding least.
-    config : Config
+        With an ``encoder``; its parameters get ``train.encoder_lr``, times `layer_decay` for
+        every block that lies behind them (doi:10.48550/arXiv.2003.10555): the last block gets it
+        all, the embedding least.
+    train : Rates
+    layer_decay : float
 
     Returns
     -------
     torch.optim.AdamW
         Vectors and scalars (biases, norms, layer scales) have no weight decay.
     """
-    train, decay = config.train, config.encoder.layer_decay
-    depth_of = depths(model.get_submodule("encoder")) if decay < 1 else {}
+    depth_of = depths(model.get_submodule("encoder")) if layer_decay < 1 else {}
     last = max(depth_of.values(), default=0)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -37,7 +56,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
             lr = train.lr
             part, _, inner = name.partition(".")
             if part == "encoder":
-                lr = (train.encoder_lr or lr) * decay ** (last - depth_of.get(inner, last))
+                lr = (train.encoder_lr or lr) * layer_decay ** (last - depth_of.get(inner, last))
             weight_decay = train.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, weight_decay), []).append(parameter)
     return torch.optim.AdamW(

@@ -30,6 +30,7 @@ from celltyper.models import CellTyper
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.csv"
 LAST_FILE = "last.safetensors"
+LOCK_FILE = ".lock"
 RUN_FILE = "run.json"
 SPLIT_FILE = "split.json"
 """Names of a run's images by part, where a protocol divided them."""
@@ -233,7 +234,7 @@ def difference(old: BaseModel, new: BaseModel) -> str:
 
 def _is_content(path: Path) -> bool:
     """Say whether a file was put there by anyone but a protocol or a killed write."""
-    return path.name != SPLIT_FILE and not path.match(".*.tmp.*")
+    return path.name not in (SPLIT_FILE, LOCK_FILE) and not path.match(".*.tmp.*")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -270,7 +270,7 @@ def rates(model: nn.Module, config: Config) -> dict[str, tuple[float, float]]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         names[parameter]: (group["lr"], group["weight_decay"])
-        for group in make_optimizer(model, config).param_groups
+        for group in make_optimizer(model, config.train, config.encoder.layer_decay).param_groups
         for parameter in group["params"]
     }
 

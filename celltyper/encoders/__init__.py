@@ -35,6 +35,7 @@ _CARD_OPTIONS = (
     "resize",
     "interpolation",
     "scales",
+    "depth",
 )
 
 
@@ -82,7 +83,7 @@ def load_encoder(
         Recompute the blocks in the backward pass: less memory, about a third more time.
     **options
         Replace what the card says: feature_blocks, embedding, mean, std, input_size, resize,
-        interpolation, scales.
+        interpolation, scales, depth.
 
     Returns
     -------
@@ -100,6 +101,7 @@ def load_encoder(
     from accelerate import init_empty_weights
 
     from celltyper.encoders.adapt import adapt_encoder, check_adapt
+    from celltyper.encoders.build import build_timm_model
     from celltyper.encoders.weights import load_weights
 
     check_adapt(adapt, lora)
@@ -111,19 +113,22 @@ def load_encoder(
         torch.default_generator.manual_seed(seed)
         # random weights that are overwritten at once would take most of the time
         with nullcontext() if tensors is None else init_empty_weights():
-            vit = _build(card, twin=weights == "twin", magnify=magnify)
+            model = build_timm_model(card, twin=weights == "twin")
         if tensors is not None:
             if card.family == "pyramid":
                 from celltyper.encoders.pyramid import in_timm_names
 
-                tensors = in_timm_names(tensors, vit.model)
+                tensors = in_timm_names(tensors, model)
             from_hub = weights in ("auto", "hub")
-            load_weights(vit.model, tensors, str(card.hub_id if from_hub else weights))
-        encoder: nn.Module = vit
+            load_weights(model, tensors, str(card.hub_id if from_hub else weights))
+        if card.depth is not None:
+            _cut(model, card, twin=weights == "twin")
+        plain = _wrapped(model, card, magnify)
+        encoder: nn.Module = plain
         if len(card.scales) > 1:
             from celltyper.encoders.multiscale import MultiScale
 
-            encoder = MultiScale(vit, card.scales)
+            encoder = MultiScale(plain, card.scales)
         return adapt_encoder(encoder, adapt, lora=lora, last_n=last_n, checkpointing=checkpointing)
 
 
@@ -168,14 +173,13 @@ def _with_options(card: EncoderCard, options: Mapping[str, Any]) -> EncoderCard:
         raise ConfigError(f"encoder option{what}: {problem}") from error
 
 
-def _build(card: EncoderCard, *, twin: bool, magnify: float) -> TimmViT | TimmPyramid:
-    from celltyper.encoders.build import build_timm_model
+def _wrapped(model: Any, card: EncoderCard, magnify: float) -> TimmViT | TimmPyramid:
     from celltyper.encoders.pyramid import TimmPyramid
     from celltyper.encoders.vit import TimmViT
 
     family = TimmPyramid if card.family == "pyramid" else TimmViT
     encoder = family(
-        build_timm_model(card, twin=twin),
+        model,
         card.feature_blocks,
         mean=card.mean,
         std=card.std,
@@ -187,6 +191,16 @@ def _build(card: EncoderCard, *, twin: bool, magnify: float) -> TimmViT | TimmPy
     )
     encoder.card = card
     return encoder
+
+
+def _cut(model: Any, card: EncoderCard, *, twin: bool) -> None:
+    """Leave out the blocks behind ``card.depth``; a twin has too few to count."""
+    blocks = model.blocks
+    if not twin and (card.depth or 0) > len(blocks):
+        raise ConfigError(
+            f"encoder option depth: {card.name} has {len(blocks)} blocks, not {card.depth}"
+        )
+    model.blocks = blocks[: card.depth]
 
 
 def _read(card: EncoderCard, weights: str | Path, revision: str | None) -> dict[str, Tensor]:

@@ -54,6 +54,9 @@ class EncoderCard(BaseModel):
     feature_blocks : "quarters" or tuple of int
         Blocks (from 0) whose maps go to the decoder: the last of each quarter of the depth, or
         as named. Of a pyramid: its levels, "quarters" being the last four.
+    depth : int or None
+        Blocks that are kept, None for all: what lies behind is neither loaded nor run, and the
+        final norm follows on the last that is kept.
     embedding : {"cls", "mean", "cls+mean"}
         Pooled embedding: class token, mean of patch tokens, or both behind each other.
     scales : tuple of int
@@ -87,6 +90,7 @@ class EncoderCard(BaseModel):
     prefix_tokens: int = Field(default=1, ge=0)
     embed_dim: int = Field(ge=1)
     feature_blocks: Literal["quarters"] | tuple[int, ...] = "quarters"
+    depth: int | None = Field(default=None, ge=1)
     embedding: EmbeddingRule = "cls"
     scales: tuple[int, ...] = (1,)
     licence: str = "unknown"
@@ -100,6 +104,8 @@ class EncoderCard(BaseModel):
             raise ValueError(f"resize {self.resize} needs an input_size of at most as much")
         if self.scales[:1] != (1,) or sorted(set(self.scales)) != list(self.scales):
             raise ValueError(f"scales must ascend from 1, got {self.scales}")
+        if self.depth is not None and self.family != "vit":
+            raise ValueError("depth is for plain vision transformers, this is a pyramid")
         return self
 
 

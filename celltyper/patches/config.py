@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from celltyper.config import Encoder, Section
+from celltyper.config import Augment, Encoder, Section
 
 Text = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 
@@ -55,10 +55,19 @@ class View(Section):
 
 
 class Head(Section):
-    """What turns an embedding into probabilities; ``options`` go to it."""
+    """What turns an embedding into probabilities; ``options`` go to it.
 
-    name: Literal["logistic", "mlp", "knn", "prototype"] = "logistic"
+    The first four are fitted to the embeddings of a frozen encoder; ``linear`` and ``attention``
+    (over the patch tokens) are trained by gradient, and with them what ``encoder.adapt`` says.
+    """
+
+    name: Literal["logistic", "mlp", "knn", "prototype", "linear", "attention"] = "logistic"
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether it is trained step by step, on augmented windows."""
+        return self.name in ("linear", "attention")
 
 
 class PatchLoss(Section):
@@ -73,6 +82,24 @@ class PatchLoss(Section):
     agreement: bool = False
 
 
+class PatchTrain(Section):
+    """Optimisation of a head that is trained by gradient.
+
+    The last weights are kept, averaged with decay ``ema`` over steps (0: not averaged).
+    ``encoder_lr`` is that of the adapted part of the encoder; by default it is ``lr``.
+    """
+
+    steps: int = Field(400, ge=1)
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(1e-4, gt=0.0)
+    encoder_lr: float | None = Field(None, gt=0.0)
+    weight_decay: float = Field(0.05, ge=0.0)
+    warmup: int = Field(20, ge=0)
+    clip: float = Field(1.0, gt=0.0)
+    ema: float = Field(0.99, ge=0.0, lt=1.0)
+    save_every: int = Field(100, ge=1)
+
+
 class PatchConfig(Section):
     """A whole run of patch mode. Defaults live here only; a YAML holds what a recipe chooses."""
 
@@ -83,6 +110,8 @@ class PatchConfig(Section):
     view: View = View()
     head: Head = Head()
     loss: PatchLoss = PatchLoss()
+    augment: Augment = Augment()
+    train: PatchTrain = PatchTrain()
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> PatchConfig:
@@ -90,11 +119,19 @@ class PatchConfig(Section):
             raise ValueError("encoder.mpp has no effect on patches: set data.size and view.input")
         if self.encoder.cache:
             raise ValueError("encoder.cache has no effect on patches: embeddings are always kept")
-        if self.encoder.adapt != "frozen":
+        if self.encoder.adapt != "frozen" and not self.head.by_gradient:
             raise ValueError(
                 f"encoder.adapt={self.encoder.adapt}: head {self.head.name!r} is fitted to the "
-                "embeddings of a frozen encoder"
+                "embeddings of a frozen encoder; take head.name=linear or attention"
             )
+        for name, section in (("train", self.train), ("augment", self.augment)):
+            if not self.head.by_gradient and section != type(section)():
+                raise ValueError(
+                    f"{name} has no effect on head {self.head.name!r}, which is fitted to "
+                    "embeddings at once; take head.name=linear or attention"
+                )
+        if self.head.name == "attention" and self.view.pool != "card":
+            raise ValueError("view.pool has no effect on head 'attention', which weighs all tokens")
         if len(set(parts := self.view.pool.split("+"))) < len(parts):
             raise ValueError(f"view.pool names a part twice: {self.view.pool}")
         return self

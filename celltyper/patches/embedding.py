@@ -57,8 +57,13 @@ class Embedder:
                 f"take {near}"
             )
         inner = getattr(encoder, "encoder", encoder)
-        if pool != "card" and not hasattr(inner, "tokens"):
-            raise ConfigError(f"view.pool {pool!r} needs single tokens, which this encoder has not")
+        if not hasattr(inner, "embed_whole" if pool == "card" else "tokens"):
+            raise ConfigError(
+                f"view.pool {pool!r} cannot be taken of this encoder; leave out "
+                "encoder.options.scales"
+            )
+        if "cls" in self.parts:
+            self._check_class_token(patch)
 
     @property
     def device(self) -> torch.device:
@@ -77,30 +82,48 @@ class Embedder:
         -------
         Tensor, shape (B, D)
         """
-        side = self.input_size
-        if side is not None and images.shape[2:] != (side, side):
-            images = F.interpolate(
-                images, (side, side), mode="bicubic", align_corners=False, antialias=True
-            ).clamp(0, 1)
         if self.parts == ["card"]:
-            whole: Tensor = self.encoder.embed_whole(images)  # type: ignore[operator]
+            whole: Tensor = self.encoder.embed_whole(self._sized(images))  # type: ignore[operator]
             return whole
-        first, patches = self.encoder.tokens(images)  # type: ignore[operator]
+        first, patches = self.tokens(images)
         return torch.cat([_pooled(part, first, patches) for part in self.parts], dim=1)
+
+    def tokens(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Class token (B, C), if there is one, and patch tokens (B, C, h, w) of windows."""
+        first, patches = self.encoder.tokens(self._sized(images))  # type: ignore[operator]
+        return first, patches
+
+    def _sized(self, images: Tensor) -> Tensor:
+        side = self.input_size
+        if side is None or images.shape[2:] == (side, side):
+            return images
+        return F.interpolate(
+            images, (side, side), mode="bicubic", align_corners=False, antialias=True
+        ).clamp(0, 1)
 
     def key(self) -> bytes:
         """Digest of all that an embedding depends on beside the pixels."""
         digest = hashlib.sha256(fingerprint(self.encoder).encode())
         for name, buffer in self.encoder.named_buffers():
             digest.update(name.encode() + buffer.cpu().numpy().tobytes())
-        digest.update(repr((_FORMAT, self.parts, self.input_size)).encode())
+        card, taken = getattr(self.encoder, "card", None), [*self.parts]
+        if taken == ["card"] and card is not None:
+            # encoder.options change the rule, and no weight with it
+            taken.append(card.embedding)
+        digest.update(repr((_FORMAT, taken, self.input_size)).encode())
         return digest.digest()
+
+    @torch.inference_mode()
+    def _check_class_token(self, patch: int) -> None:
+        """Refuse an encoder without class token before many windows are embedded."""
+        one = torch.zeros(1, 3, patch, patch, device=self.device)
+        if self.encoder.tokens(one)[0] is None:  # type: ignore[operator]
+            raise ConfigError("view.pool 'cls': this encoder has no class token; take 'mean'")
 
 
 def _pooled(part: str, first: Tensor | None, patches: Tensor) -> Tensor:
     if part == "cls":
-        if first is None:
-            raise ConfigError("view.pool 'cls': this encoder has no class token; take 'mean'")
+        assert first is not None
         return first
     if part == "center":
         rows, cols = patches.shape[2:]

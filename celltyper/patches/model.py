@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,17 +13,84 @@ from numpy.typing import NDArray
 
 from celltyper import __version__
 from celltyper.cache import cache_folder
-from celltyper.checkpoints import MODEL_FILE, model_folders, read_tensors, write_tensors
+from celltyper.checkpoints import (
+    MODEL_FILE,
+    load_state,
+    model_folders,
+    read_tensors,
+    trained_state,
+    write_tensors,
+)
 from celltyper.config import parse_config
 from celltyper.encoders import load_encoder
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import CheckpointError
 from celltyper.patches.config import PatchConfig
 from celltyper.patches.embedding import Embedder, embed_table
+from celltyper.patches.network import PatchNetwork, build_network
 from celltyper.patches.table import PatchTable
 from celltyper.probes import Probe, load_probe
 
 FORMAT = 1
+
+
+class Predictor(Protocol):
+    """What turns windows into class probabilities."""
+
+    @property
+    def embedder(self) -> Embedder:
+        """What the encoder is shown."""
+        ...
+
+    def probabilities(
+        self,
+        table: PatchTable,
+        *,
+        size: int,
+        mpp: float | None,
+        symmetries: int,
+        batch_size: int,
+        progress: bool,
+    ) -> NDArray[np.float64]:
+        """Probabilities (n, K), averaged over symmetries of the square."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingProbe:
+    """A probe on the embeddings of a frozen encoder, which are kept on disk.
+
+    Parameters
+    ----------
+    embedder : Embedder
+    probe : Probe
+    """
+
+    embedder: Embedder
+    probe: Probe
+
+    def probabilities(
+        self,
+        table: PatchTable,
+        *,
+        size: int,
+        mpp: float | None,
+        symmetries: int,
+        batch_size: int,
+        progress: bool,
+    ) -> NDArray[np.float64]:
+        """Probabilities (n, K), averaged over symmetries of the square."""
+        embeddings = embed_table(
+            self.embedder,
+            table,
+            cache_folder() / "embeddings",
+            size=size,
+            mpp=mpp,
+            symmetries=symmetries,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return mean_probabilities(self.probe, embeddings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +99,8 @@ class PatchModel:
 
     Parameters
     ----------
-    embedder : Embedder
-        What the encoder is shown, and what is taken of what it gives.
-    probe : Probe
-        Turns embeddings into probabilities.
+    predictor : Predictor
+        A probe on embeddings, or a network that was trained by gradient.
     config : PatchConfig
         As resolved when it was trained.
     classes : tuple of str
@@ -51,8 +116,7 @@ class PatchModel:
         Micrometres per pixel, None if unknown.
     """
 
-    embedder: Embedder
-    probe: Probe
+    predictor: Predictor
     config: PatchConfig
     classes: tuple[str, ...]
     positive: int
@@ -69,7 +133,7 @@ class PatchModel:
         ----------
         table : PatchTable
         symmetries : int or None
-            Average over so many symmetries of the square; None takes those of training.
+            Average over so many symmetries of the square; None takes those of the config.
         progress : bool
             Show a progress bar on a terminal.
 
@@ -78,17 +142,14 @@ class PatchModel:
         ndarray of float64, shape (n, K)
         """
         view = self.config.view
-        embeddings = embed_table(
-            self.embedder,
+        return self.predictor.probabilities(
             table,
-            cache_folder() / "embeddings",
             size=self.size,
             mpp=self.mpp,
             symmetries=symmetries or view.symmetries,
             batch_size=view.batch_size,
             progress=progress,
         )
-        return mean_probabilities(self.probe, embeddings)
 
 
 def ensemble_probabilities(
@@ -145,8 +206,18 @@ def build_embedder(config: PatchConfig, device: str | torch.device = "cpu") -> E
     return Embedder(encoder.to(device), config.view.pool, config.view.input)
 
 
+def _bare(config: PatchConfig) -> PatchConfig:
+    """Leave out of a config what the checkpoint replaces: all weights, or the first adapter."""
+    encoder = config.encoder
+    own: dict[str, Any] = {"lora": encoder.lora.model_copy(update={"adapter": None})}
+    if encoder.adapt == "full" and encoder.weights != "twin":
+        own["weights"] = "random"
+    return config.model_copy(update={"encoder": encoder.model_copy(update=own)})
+
+
 def save_patch_model(folder: Path, model: PatchModel) -> None:
-    """Write the head and what it needs to know, never the encoder's weights; atomically."""
+    """Write what was trained and what it needs to know, never the weights it started from."""
+    predictor = model.predictor
     header = {
         "task": "patches",
         "format": FORMAT,
@@ -157,10 +228,14 @@ def save_patch_model(folder: Path, model: PatchModel) -> None:
         "threshold": model.threshold,
         "size": model.size,
         "mpp": model.mpp,
-        "encoder_fingerprint": fingerprint(model.embedder.encoder),
-        "probe": model.probe.facts(),
+        "encoder_fingerprint": fingerprint(predictor.embedder.encoder),
     }
-    write_tensors(folder / MODEL_FILE, model.probe.tensors(), header)
+    if isinstance(predictor, PatchNetwork):
+        write_tensors(folder / MODEL_FILE, trained_state(predictor), header)
+    else:
+        assert isinstance(predictor, EmbeddingProbe)
+        header["probe"] = predictor.probe.facts()
+        write_tensors(folder / MODEL_FILE, predictor.probe.tensors(), header)
 
 
 def load_patch_model(
@@ -234,7 +309,8 @@ def load_patch_models(
     """
     models: list[PatchModel] = []
     for folder in model_folders(path):
-        shared = models[0].embedder if models else None
+        first_one = models[0].predictor if models else None
+        shared = first_one.embedder if isinstance(first_one, EmbeddingProbe) else None
         model = load_patch_model(
             folder, device=device, encoder_weights=encoder_weights, embedder=shared
         )
@@ -261,16 +337,28 @@ def _made(
 ) -> PatchModel:
     overrides = [] if encoder_weights is None else [f"encoder.weights={encoder_weights!r}"]
     config = parse_config(header["config"], overrides, PatchConfig, where=str(file))
+    whole = config.encoder.adapt == "full"
+    if whole and encoder_weights is not None:
+        raise CheckpointError(f"{file} holds the whole encoder (adapt: full): leave out --weights")
+    shared = embedder is not None
     if embedder is None:
-        embedder = build_embedder(config, device)
-    if fingerprint(embedder.encoder) != header["encoder_fingerprint"]:
+        embedder = build_embedder(_bare(config) if whole else config, device)
+    predictor: Predictor
+    if "probe" in header:
+        predictor = EmbeddingProbe(embedder, load_probe(header["probe"], tensors))
+    else:
+        classes = len(header["classes"])
+        predictor = build_network(_bare(config), embedder, classes, config.seed, shared=shared)
+        load_state(predictor, tensors, where=str(file))
+        predictor.eval()
+    found = fingerprint(predictor.embedder.encoder)
+    if not whole and found != header["encoder_fingerprint"]:
         raise CheckpointError(
             f"{file} was trained on other weights of {config.encoder.name} than "
             f"{config.encoder.weights}: pass those with --weights"
         )
     return PatchModel(
-        embedder=embedder,
-        probe=load_probe(header["probe"], tensors),
+        predictor=predictor,
         config=config,
         classes=tuple(header["classes"]),
         positive=int(header["positive"]),

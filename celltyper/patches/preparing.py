@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from celltyper.datasets import Dataset, split_by_group
 from celltyper.datasets.dataset import listing
+from celltyper.datasets.merging import UNSTATED
 from celltyper.errors import ConfigError, DataError
 from celltyper.parts import read_splits
 from celltyper.patches.checking import readable
@@ -50,9 +51,10 @@ def open_labelled(data: PatchData, *, progress: bool = True) -> PatchTable:
     Raises
     ------
     ConfigError
-        If ``data.root`` is not set.
+        If ``data.root`` is not set, or ``data.mpp`` is not while the files state several.
     DataError
-        If the windows cannot be read, all of them or, without ``data.skip_bad``, one.
+        If the windows cannot be read, all of them or, without ``data.skip_bad``, one; or if some
+        files state their micrometres per pixel and others do not.
     """
     if data.root is None:
         raise ConfigError("data.root is not set: pass --set data.root=FOLDER")
@@ -71,9 +73,30 @@ def open_labelled(data: PatchData, *, progress: bool = True) -> PatchTable:
     if not known.all():
         logger.warning("%s: %d windows without a label are left out", table.path, (~known).sum())
         table = table.take(known)
-    if table.mpp is None and data.mpp is not None and read_header(table.files[0]).mpp is None:
-        table = replace(table, mpp=data.mpp)
-    return table
+    return _with_resolution(table, data.mpp)
+
+
+def _with_resolution(table: PatchTable, wanted: float | None) -> PatchTable:
+    """State the resolution of the files, unless they state several; `wanted` if they state none."""
+    if table.mpp is not None:
+        return table
+    stated = {file: read_header(file).mpp for file in dict.fromkeys(table.files)}
+    known = {file: mpp for file, mpp in stated.items() if mpp is not None}
+    if not known:
+        return replace(table, mpp=wanted)
+    silent = next((file for file, mpp in stated.items() if mpp is None), None)
+    if silent is not None:
+        raise DataError(
+            f"{silent} states no micrometres per pixel, but {next(iter(known))} does; write it "
+            "into all files, or, if it is the same for all, as 'mpp' into meta.json"
+        )
+    low, high = min(known.values()), max(known.values())
+    if wanted is None and high > 1.01 * low:
+        raise ConfigError(
+            f"{table.path} holds images of {low:g} to {high:g} micrometres per pixel: set "
+            "data.mpp to that of the windows"
+        )
+    return replace(table, mpp=low) if wanted is None else table
 
 
 def size_of(data: PatchData, table: PatchTable) -> int:
@@ -179,8 +202,8 @@ def as_dataset(table: PatchTable, data: PatchData) -> Dataset:
         }
     domains = {}
     if any(table.domains):
-        known = {n: d for n, d in zip(names, table.domains, strict=True) if d}
-        domains["domain"] = known
+        pairs = zip(names, table.domains, strict=True)
+        domains["domain"] = {name: domain or UNSTATED for name, domain in pairs}
     return Dataset(
         name=table.path.name,
         path=table.path,

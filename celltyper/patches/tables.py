@@ -62,6 +62,7 @@ def read_csv(
     groups: str | None = None,
     domains: str | None = None,
     pixels: bool = True,
+    labels: bool = True,
 ) -> PatchTable:
     """Read a table of patches, or of points; see the top of this file.
 
@@ -79,6 +80,8 @@ def read_csv(
         Columns of the slide or patient, and of the domain.
     pixels : bool
         Whether the images must be there.
+    labels : bool
+        Whether to read labels and votes, if there are any; without, every class is unknown.
 
     Returns
     -------
@@ -91,7 +94,7 @@ def read_csv(
     DataError
         Naming file, row or column and what to do.
     """
-    asked = _Asked(tuple(classes or ()), images, groups, domains, pixels)
+    asked = _Asked(tuple(classes or ()), images, groups, domains, pixels, labels)
     files = _sheets(path)
     rows: list[Patch] = []
     for file in files:
@@ -106,6 +109,7 @@ class _Asked(NamedTuple):
     groups: str | None
     domains: str | None
     pixels: bool
+    labels: bool
 
 
 def tables_in(folder: Path) -> list[Path]:
@@ -167,13 +171,14 @@ def _patches(sheet: Sheet, where: str, asked: _Asked) -> list[Patch]:
     owners = slide_groups(sheet, asked.groups)
     if owners is None and column in PATCH_COLUMNS and "filename" in sheet.rows[0]:
         owners = sheet.values("filename")  # the slide's, since another column names the patches
-    if owners is None and places is None:
+    if owners is None and places is None and asked.labels:
         warn_no_groups(sheet.path)
-    labels = sheet.values(sheet.first_of(LABEL_COLUMNS))
+    labels = sheet.values(sheet.first_of(LABEL_COLUMNS) if asked.labels else None)
+    kinds = sorted({*labels, *asked.classes} - {""})
     columns = zip(
         names,
         labels,
-        expert_votes(sheet, sorted({*labels, *asked.classes} - {""})),
+        expert_votes(sheet, kinds) if asked.labels else [()] * len(names),
         owners or [""] * len(names),
         sheet.values(sheet.chosen(asked.domains, DOMAIN_COLUMNS)),
         splits(sheet),

@@ -1,10 +1,11 @@
-"""Training in patch mode: one pass of the encoder, then a head on its embeddings."""
+"""Training in patch mode: a head on embeddings of one pass, or a network by gradient."""
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,20 @@ from celltyper import __version__
 from celltyper.atomic import write_json
 from celltyper.cache import cache_folder
 from celltyper.errors import DataError
+from celltyper.losses import effective_class_weights
 from celltyper.metrics.ranking import choose_threshold
 from celltyper.patches.config import PatchConfig, PatchLoss
 from celltyper.patches.embedding import Embedder, embed_table
+from celltyper.patches.finetuning import TrainingWindows, train_network
 from celltyper.patches.model import (
+    EmbeddingProbe,
     PatchModel,
+    Predictor,
     build_embedder,
     mean_probabilities,
     save_patch_model,
 )
+from celltyper.patches.network import LinearHead, build_network
 from celltyper.patches.preparing import (
     PatchParts,
     Rows,
@@ -36,7 +42,7 @@ from celltyper.patches.preparing import (
 from celltyper.patches.table import PatchTable
 from celltyper.predict import pick_device
 from celltyper.probes import Probe, fit_probe
-from celltyper.runs import RUN_FILE, check_output, resolve_encoder, start_folder
+from celltyper.runs import LAST_FILE, RUN_FILE, check_output, resolve_encoder, start_folder
 
 logger = logging.getLogger("celltyper")
 
@@ -48,7 +54,8 @@ class Embedded:
     Parameters
     ----------
     table : PatchTable
-    embeddings : ndarray of float32, shape (n, symmetries, D)
+    embeddings : ndarray of float32, shape (n, symmetries, D), or None
+        None where no head needs them.
     embedder : Embedder
     size : int
         Side of a window in pixels.
@@ -57,7 +64,7 @@ class Embedded:
     """
 
     table: PatchTable
-    embeddings: NDArray[np.float32]
+    embeddings: NDArray[np.float32] | None
     embedder: Embedder
     size: int
     positive: int
@@ -79,12 +86,13 @@ def train_patches(
     config : PatchConfig
         ``data.root`` must be set.
     output : str or Path
-        The run folder: ``model.safetensors`` (the head; never the encoder), ``config.yaml`` and
-        ``run.json``.
+        The run folder: ``model.safetensors`` (what was trained; never the weights it started
+        from), ``config.yaml``, ``run.json``, and of a head that is trained by gradient
+        ``last.safetensors`` and ``history.csv``.
     device : str
         See `celltyper.predict.pick_device`.
     resume : bool
-        Go on with an unfinished run of the same config: embeddings that were computed stay.
+        Go on with an unfinished run of the same config; the result equals an uninterrupted run.
     overwrite : bool
         Start over where another run is.
     progress : bool
@@ -110,15 +118,21 @@ def train_patches(
         logger.info("%s is finished: nothing to resume", output)
         return output
     embedder = build_embedder(config, place)
-    start_folder(output, config, keep=False)
+    start_folder(output, config, keep=resume)
     started = time.monotonic()
     data = embed_data(config, table, embedder, progress=progress)
-    embedded = time.monotonic() - started
-    model = fit_model(config, data, parts, config.seed)
-    save_patch_model(output, model)
-    facts = run_facts(config, data, parts, model)
-    seconds = {"embed": round(embedded, 1), "fit": round(time.monotonic() - started - embedded, 1)}
-    write_json(output / RUN_FILE, facts | {"seconds": seconds, "device": place.type})
+    embedded = round(time.monotonic() - started, 1)
+    fit_run(
+        config,
+        data,
+        parts,
+        config.seed,
+        output,
+        shared=False,
+        resume=resume,
+        progress=progress,
+        facts={"device": place.type, "seconds": {"embed": embedded}},
+    )
     return output
 
 
@@ -161,22 +175,35 @@ def embed_data(
     -------
     Embedded
     """
-    size = size_of(config.data, table)
+    size, positive = size_of(config.data, table), positive_class(config.data, table)
+    if config.head.name == "attention":
+        return Embedded(table, None, embedder, size, positive)
     found = embed_table(
         embedder,
         table,
         cache_folder() / "embeddings",
         size=size,
         mpp=config.data.mpp,
-        symmetries=config.view.symmetries,
+        symmetries=1 if config.head.by_gradient else config.view.symmetries,
         batch_size=config.view.batch_size,
         progress=progress,
     )
-    return Embedded(table, found, embedder, size, positive_class(config.data, table))
+    return Embedded(table, found, embedder, size, positive)
 
 
-def fit_model(config: PatchConfig, data: Embedded, parts: PatchParts, seed: int) -> PatchModel:
-    """Fit a head to the training windows; its threshold is that of the validation windows.
+def fit_run(
+    config: PatchConfig,
+    data: Embedded,
+    parts: PatchParts,
+    seed: int,
+    output: Path,
+    *,
+    shared: bool,
+    resume: bool,
+    progress: bool,
+    facts: Mapping[str, Any],
+) -> PatchModel:
+    """Fit a head to the training windows, and write the model and the facts of its run.
 
     Parameters
     ----------
@@ -186,50 +213,117 @@ def fit_model(config: PatchConfig, data: Embedded, parts: PatchParts, seed: int)
     parts : PatchParts
         Without validation windows, or with more than two classes, the threshold is one half.
     seed : int
+    output : Path
+        The run folder; its ``run.json`` is written last.
+    shared : bool
+        Whether other runs go on using the encoder of `data`.
+    resume, progress : bool
+    facts : mapping
+        What else ``run.json`` says.
 
     Returns
     -------
     PatchModel
     """
-    probe = _fit(config, data, parts.train, seed)
-    threshold = 0.5
-    if len(parts.val) and len(data.table.classes) == 2:
-        found = mean_probabilities(probe, data.embeddings[parts.val])[:, data.positive]
-        truth = data.table.labels[parts.val] == data.positive
-        if truth.all() or not truth.any():
-            raise DataError(
-                f"{data.table.path}: the validation windows are all of one class, so no threshold "
-                "can be chosen; raise data.val_fraction, or set it to 0"
-            )
-        threshold = choose_threshold(data.table.labels[parts.val], found, positive=data.positive)
-    return PatchModel(
-        embedder=data.embedder,
-        probe=probe,
+    started = time.monotonic()
+    own: dict[str, Any] = {}
+    predictor: Predictor
+    if config.head.by_gradient:
+        network = build_network(config, data.embedder, len(data.table.classes), seed, shared=shared)
+        if isinstance(network.head, LinearHead) and not (resume and (output / LAST_FILE).is_file()):
+            assert data.embeddings is not None
+            probe = _fit(config, data, parts.train, seed, "logistic")
+            network.head.start_from(probe.tensors(), data.embeddings[parts.train, 0])
+        targets, weights = targets_of(data.table, config.loss), weights_of(data.table, config.loss)
+        sized = config.data.model_copy(update={"size": data.size})
+        own["training"] = train_network(
+            network,
+            TrainingWindows(
+                data.table,
+                parts.train,
+                targets,
+                weights,
+                config.model_copy(update={"data": sized}),
+                seed,
+            ),
+            _class_weights(targets[parts.train], config.loss),
+            config,
+            output,
+            resume=resume,
+            progress=progress,
+        )
+        predictor = network
+    else:
+        probe = _fit(config, data, parts.train, seed, config.head.name, **config.head.options)
+        predictor = EmbeddingProbe(data.embedder, probe)
+        own["probe"] = probe.facts()
+    model = PatchModel(
+        predictor=predictor,
         config=config,
         classes=data.table.classes,
         positive=data.positive,
-        threshold=threshold,
+        threshold=0.5,
         size=data.size,
         mpp=config.data.mpp,
     )
+    if len(parts.val) and len(data.table.classes) == 2:
+        model = replace(model, threshold=_threshold(model, data, parts.val, progress=progress))
+    save_patch_model(output, model)
+    seconds = facts.get("seconds", {}) | {"fit": round(time.monotonic() - started, 1)}
+    about = run_facts(config, data, parts, model) | own | dict(facts) | {"seconds": seconds}
+    write_json(output / RUN_FILE, about)
+    return model
 
 
-def _fit(config: PatchConfig, data: Embedded, rows: Rows, seed: int) -> Probe:
+def type_rows(
+    model: PatchModel, data: Embedded, rows: Rows, *, progress: bool
+) -> NDArray[np.float64]:
+    """Class probabilities (m, K) of some windows, by a probe from the embeddings at hand."""
+    predictor = model.predictor
+    if isinstance(predictor, EmbeddingProbe) and data.embeddings is not None:
+        return mean_probabilities(predictor.probe, data.embeddings[rows])
+    return model.probabilities(data.table.take(rows), progress=progress)
+
+
+def _threshold(model: PatchModel, data: Embedded, rows: Rows, *, progress: bool) -> float:
+    truth = data.table.labels[rows]
+    if len(set((truth == data.positive).tolist())) < 2:
+        raise DataError(
+            f"{data.table.path}: the validation windows are all of one class, so no threshold "
+            "can be chosen; raise data.val_fraction, or set it to 0"
+        )
+    found = type_rows(model, data, rows, progress=progress)[:, data.positive]
+    return choose_threshold(truth, found, positive=data.positive)
+
+
+def _fit(
+    config: PatchConfig, data: Embedded, rows: Rows, seed: int, head: str, **options: Any
+) -> Probe:
     """Every symmetry of a window is a case of its own, with its share of the weight."""
+    assert data.embeddings is not None
     table, symmetries = data.table, data.embeddings.shape[1]
     cases = np.repeat(rows, symmetries)
     targets = targets_of(table, config.loss)[cases]
     weights = weights_of(table, config.loss)[cases] / symmetries
     return fit_probe(
-        config.head.name,
+        head,
         data.embeddings[rows].reshape(len(cases), -1),
         targets,
         [table.groups[i] for i in cases],
         weights=weights,
         class_weights=config.loss.class_weights,
         seed=seed,
-        **config.head.options,
+        **options,
     )
+
+
+def _class_weights(targets: NDArray[np.float64], loss: PatchLoss) -> NDArray[np.float64]:
+    """Weights of the K classes, of mean 1 over the training windows."""
+    counts = targets.sum(axis=0)
+    rule = "inverse" if loss.class_weights == "balanced" else loss.class_weights
+    found = effective_class_weights(counts, rule)
+    normalised: NDArray[np.float64] = found * counts.sum() / (found * counts).sum()
+    return normalised
 
 
 def targets_of(table: PatchTable, loss: PatchLoss) -> NDArray[np.float64]:
@@ -264,15 +358,20 @@ def run_facts(
         "threshold_from": "validation" if len(parts.val) else "one half",
         "size": model.size,
         "mpp": model.mpp,
-        "embedding": data.embeddings.shape[2],
-        "encoder_passes": int(np.prod(data.embeddings.shape[:2])),
-        "probe": model.probe.facts(),
+        "encoder_passes": _encoder_passes(config, data),
         "data": {
             part: _part(data.table, rows)
             for part, rows in (("train", parts.train), ("val", parts.val))
             if len(rows)
         },
     }
+
+
+def _encoder_passes(config: PatchConfig, data: Embedded) -> int:
+    """Windows that the encoder saw: once for embeddings, and in every step of a training."""
+    kept = 0 if data.embeddings is None else int(np.prod(data.embeddings.shape[:2]))
+    trained = config.train.steps * config.train.batch_size if config.head.by_gradient else 0
+    return kept + trained
 
 
 def _part(table: PatchTable, rows: Rows) -> dict[str, Any]:

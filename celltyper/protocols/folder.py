@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from celltyper.atomic import make_folder, write_json
 from celltyper.checkpoints import PROTOCOL_FILE
@@ -18,9 +20,10 @@ from celltyper.parts import read_splits
 from celltyper.patches.config import PatchConfig
 from celltyper.protocols.plan import PlannedRun
 from celltyper.protocols.protocol import Protocol
+from celltyper.protocols.scores import SCORES_FILE
 from celltyper.protocols.table import read_plan
 from celltyper.protocols.writing import FILES
-from celltyper.runs import SPLIT_FILE, difference
+from celltyper.runs import LOCK_FILE, SPLIT_FILE, difference
 
 logger = logging.getLogger("celltyper")
 
@@ -122,3 +125,25 @@ def say_plan(runs: Sequence[PlannedRun], whole: Dataset) -> None:
                 other,
                 100 * run.reached,
             )
+
+
+def claim_runs(runs: Sequence[PlannedRun], output: Path) -> Iterator[PlannedRun]:
+    """Runs that are left to do, each locked while it is worked on.
+
+    Several processes, on one machine or on several that share the folder, so divide the runs of a
+    protocol among them. The lock of a process that dies goes with it.
+    """
+    busy = 0
+    for run in runs:
+        folder = output / run.path
+        make_folder(folder)
+        try:
+            with FileLock(folder / LOCK_FILE, timeout=0):
+                if not (folder / SCORES_FILE).is_file():
+                    yield run
+        except Timeout:
+            busy += 1
+    if busy:
+        logger.info(
+            "%d run%s in the hands of other processes", busy, " is" if busy == 1 else "s are"
+        )

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from celltyper import __version__
-from celltyper.atomic import atomic_path, make_folder, write_json, write_text
+from celltyper.atomic import atomic_path, write_json, write_text
 from celltyper.config import dump_config
 from celltyper.errors import DataError
 from celltyper.patches.config import PatchConfig
-from celltyper.patches.model import build_embedder, mean_probabilities, save_patch_model
+from celltyper.patches.model import build_embedder
 from celltyper.patches.preparing import (
     PatchParts,
     as_dataset,
@@ -31,13 +31,14 @@ from celltyper.patches.table import PatchTable
 from celltyper.patches.training import (
     Embedded,
     embed_data,
-    fit_model,
+    fit_run,
     resolve_patches,
-    run_facts,
+    type_rows,
 )
 from celltyper.predict import pick_device
 from celltyper.protocols.folder import (
     check_folder,
+    claim_runs,
     entry_of,
     say_plan,
     splits_of,
@@ -46,7 +47,7 @@ from celltyper.protocols.folder import (
 from celltyper.protocols.plan import PlannedRun, plan_runs
 from celltyper.protocols.protocol import FIXED, Protocol, variant_configs
 from celltyper.protocols.scores import SCORES_FILE
-from celltyper.runs import CONFIG_FILE, RUN_FILE, SPLIT_FILE
+from celltyper.runs import CONFIG_FILE, SPLIT_FILE
 
 logger = logging.getLogger("celltyper")
 
@@ -111,6 +112,7 @@ def run_patch_protocol(
     table = open_labelled(config.data, progress=progress)
     whole, seeds = as_dataset(table, config.data), protocol.seeds or (config.seed,)
     runs = plan_runs(protocol, config.data, whole, counts_of(table), seeds, list(variants))
+    _check_classes(runs, table, tested=protocol.folds is not None)
     resolved = {name: resolve_patches(own, table) for name, own in variants.items()}
     about = {
         "task": "patches",
@@ -138,34 +140,73 @@ def run_patch_protocol(
         if not same:
             continue
         data = embed_data(resolved[same[0].variant], table, embedder, progress=progress)
-        bar = tqdm(same, desc="heads", unit="run", disable=None if progress else True)
-        for run in bar:
-            _run(run, output, resolved[run.variant], data)
+        bar = tqdm(same, desc="runs", unit="run", disable=None if progress else True)
+        for run in claim_runs(same, output):
+            _run(run, output, resolved[run.variant], data, progress=progress)
+            bar.update()
+        bar.close()
     logger.info("%d runs in %.0f s", len(todo), time.monotonic() - started)
     return output
+
+
+def _check_classes(runs: Sequence[PlannedRun], table: PatchTable, *, tested: bool) -> None:
+    """Refuse runs whose windows lack a class, before the first one starts."""
+    class_of = dict(zip(table.names, table.labels.tolist(), strict=True))
+    binary = len(table.classes) == 2
+    for run in runs:
+        needed = {
+            "training": (run.train, True, "take larger fractions, fewer folds or another seed"),
+            "validation": (run.val, binary, "raise data.val_fraction, or set it to 0"),
+            "test": (run.test, tested, "ask for fewer folds"),
+        }
+        for part, (names, all_classes, advice) in needed.items():
+            found = {class_of[name] for name in names}
+            absent = [c for i, c in enumerate(table.classes) if i not in found]
+            if names and all_classes and absent:
+                raise DataError(
+                    f"{table.path}, {run.path}: none of its {len(names)} {part} windows is of "
+                    f"class {' or '.join(absent)}; {advice}"
+                )
 
 
 def _view(config: PatchConfig) -> str:
     """What of a config decides embeddings, as one string."""
     values = config.model_dump(mode="json")
     data = {k: v for k, v in values["data"].items() if k not in FIXED}
-    return json.dumps([data, values["encoder"], values["view"]], sort_keys=True)
+    # what is trained of the encoder, a run adapts in a copy of its own
+    own = {"adapt", "lora", "last_n", "layer_decay", "checkpointing"}
+    encoder = {k: v for k, v in values["encoder"].items() if k not in own}
+    kinds = config.head.by_gradient, config.head.name == "attention"
+    return json.dumps([data, encoder, values["view"], kinds], sort_keys=True)
 
 
-def _run(run: PlannedRun, output: Path, config: PatchConfig, data: Embedded) -> None:
-    """Fit one head and keep what it says of the test windows; the scores come last."""
+def _run(
+    run: PlannedRun, output: Path, config: PatchConfig, data: Embedded, *, progress: bool
+) -> None:
+    """Train one model and keep what it says of the test windows; the scores come last."""
     folder, table = output / run.path, data.table
-    make_folder(folder)
     write_json(folder / SPLIT_FILE, splits_of(run, config))
     split = config.data.model_copy(update={"split": (folder / SPLIT_FILE).absolute()})
-    config = config.model_copy(update={"data": split, "seed": run.seed})
+    config = config.model_copy(update={"data": split})
     parts = PatchParts(rows_of(table, run.train), rows_of(table, run.val))
-    model = fit_model(config, data, parts, run.seed)
-    write_text(folder / CONFIG_FILE, dump_config(config))
-    save_patch_model(folder, model)
-    write_json(folder / RUN_FILE, run_facts(config, data, parts, model))
+    # random weights of the encoder, which all runs share, are of the config's own seed
+    write_text(folder / CONFIG_FILE, dump_config(config.model_copy(update={"seed": run.seed})))
+    try:
+        model = fit_run(
+            config,
+            data,
+            parts,
+            run.seed,
+            folder,
+            shared=True,
+            resume=True,
+            progress=progress,
+            facts={"seed": run.seed},
+        )
+    except DataError as error:
+        raise DataError(f"{run.path}: {error}") from None
     rows = rows_of(table, run.test)
-    probabilities = mean_probabilities(model.probe, data.embeddings[rows])
+    probabilities = type_rows(model, data, rows, progress=progress)
     write_typed(folder / SCORES_FILE, typed_patches(table, rows, probabilities, model.threshold))
 
 

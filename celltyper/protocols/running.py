@@ -26,6 +26,7 @@ from celltyper.parts import Parts, open_whole
 from celltyper.predict import predict_image
 from celltyper.protocols.folder import (
     check_folder,
+    claim_runs,
     entry_of,
     say_plan,
     splits_of,
@@ -134,7 +135,9 @@ def run_protocol(
     todo = [run for run in runs if not (output / run.path / SCORES_FILE).is_file()]
     if len(todo) < len(runs):
         logger.info("%d of %d runs are finished", len(runs) - len(todo), len(runs))
-    for done, run in enumerate(todo):
+    # processes of one distributed training work on the same run
+    mine = claim_runs(todo, output) if state.num_processes == 1 else todo
+    for done, run in enumerate(mine):
         left = (time.monotonic() - started) / done * (len(todo) - done) / 60 if done else 0.0
         hint = f", about {left:.0f} min left" if left >= 1 else ""
         logger.info("run %d/%d: %s%s", runs.index(run) + 1, len(runs), run.path, hint)
