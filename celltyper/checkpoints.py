@@ -28,8 +28,8 @@ from celltyper.config import Config, one_line, parse_config
 from celltyper.encoders.adapt import Adapted, freeze
 from celltyper.encoders.lora import merge_lora
 from celltyper.encoders.trainability import fingerprint
-from celltyper.errors import CheckpointError
-from celltyper.models import CellTyper, build_model
+from celltyper.errors import CheckpointError, ConfigError
+from celltyper.models import CellTyper, Ensemble, build_model
 
 FORMAT = 1
 PROTOCOL_FILE = "protocol.json"
@@ -179,12 +179,13 @@ def load_model(
     allow_code: bool = False,
     merge: bool = True,
 ) -> CellTyper:
-    """Load a trained model from a run folder or a checkpoint file.
+    """Load a trained model from a run folder or a checkpoint file, or an ensemble.
 
     Parameters
     ----------
     path : str or Path
-        What ``celltyper train`` wrote, or the ``model.safetensors`` in it.
+        What ``celltyper train`` wrote, or the ``model.safetensors`` in it; of the folder of a
+        protocol, all finished runs together, see `celltyper.models.Ensemble`.
     device : str or torch.device
         Where to put the model.
     encoder_weights : str or None
@@ -207,11 +208,25 @@ def load_model(
         If the file is missing, damaged, of another format, names code that was not allowed, or
         does not fit the encoder.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / MODEL_FILE
-    if not file.is_file():
-        raise CheckpointError(f"no model at {file}: give a run folder that 'celltyper train' wrote")
+    models = [
+        _load(folder, device, encoder_weights=encoder_weights, allow_code=allow_code, merge=merge)
+        for folder in model_folders(path)
+    ]
+    try:
+        return Ensemble(models).eval() if len(models) > 1 else models[0]
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _load(
+    path: Path,
+    device: str | torch.device,
+    *,
+    encoder_weights: str | None,
+    allow_code: bool,
+    merge: bool,
+) -> CellTyper:
+    file = path / MODEL_FILE if path.is_dir() else path
     state, values = read_tensors(file)
     # both before the rest, which another format or task holds in another way
     if values.get("task", "cells") != "cells":

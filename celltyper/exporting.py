@@ -35,7 +35,7 @@ from celltyper.encoders.trainability import fingerprint, parameter_digest
 from celltyper.errors import CheckpointError, ConfigError, DataError, RunError, unknown_name
 from celltyper.instances import METHODS, build_instances
 from celltyper.labels import mean_in_labels
-from celltyper.models import PHENOTYPE, CellTyper
+from celltyper.models import PHENOTYPE, CellTyper, Ensemble
 from celltyper.types import Maps, Prediction
 
 logger = logging.getLogger("celltyper")
@@ -121,6 +121,7 @@ def export_model(
         model = load_model(
             source, encoder_weights=encoder_weights, allow_code=allow_code, merge=False
         )
+    _check_single(model, source)
     size = model.tile if tile is None else tile
     facts = _facts_of(model, size, format)
     # torch-export copies weights that are not laid out plainly, and warns of each
@@ -186,8 +187,14 @@ def export_adapter(
         model = load_model(
             source, encoder_weights=encoder_weights, allow_code=allow_code, merge=False
         )
+    _check_single(model, source)
     encoder = model.encoder
     return save_lora(encoder.encoder if isinstance(encoder, Adapted) else encoder, folder)
+
+
+def _check_single(model: CellTyper, source: object) -> None:
+    if isinstance(model, Ensemble):
+        raise ConfigError(f"{source} is an ensemble of {len(model.models)} models: export one")
 
 
 def _check_target(path: Path, format: str, *, overwrite: bool) -> None:

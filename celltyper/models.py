@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from celltyper.config import Config, Encoder
 from celltyper.decoders import build_decoder, stride_option
 from celltyper.encoders import find_card, load_encoder
+from celltyper.encoders.adapt import Adapted
+from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import ConfigError
 from celltyper.instances import build_instances
 from celltyper.types import InstanceMethod, MapActivation, MapSpec
@@ -145,6 +147,57 @@ class CellTyper(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters live."""
         return next(self.parameters()).device
+
+
+class Ensemble(CellTyper):
+    """Several models as one, which gives the mean of their activated maps.
+
+    Parameters
+    ----------
+    models : sequence of CellTyper
+        Of the same classes, resolution and instance method. Where all have the same frozen
+        encoder, it is kept once and runs once for all.
+
+    Raises
+    ------
+    ConfigError
+        If the models do not fit together.
+    """
+
+    def __init__(self, models: Sequence[CellTyper]) -> None:
+        nn.Module.__init__(self)
+        first = models[0]
+        for model in models[1:]:
+            if (model.classes, model.mpp, model.maps) != (first.classes, first.mpp, first.maps):
+                raise ConfigError("models of other classes, resolution or maps make no ensemble")
+        self.shares = len({(fingerprint(m.encoder), _is_frozen(m.encoder)) for m in models}) == 1
+        self.shares &= _is_frozen(first.encoder)
+        if self.shares:
+            for model in models[1:]:
+                model.encoder = first.encoder
+        self.models = nn.ModuleList(models)
+        self.instances, self.maps = first.instances, first.maps
+        self.classes, self.colors, self.mpp = first.classes, first.colors, first.mpp
+        self.tile, self.overlap = first.tile, first.overlap
+        self.batch_size, self.symmetries = first.batch_size, first.symmetries
+
+    def forward(
+        self, images: Tensor, features: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Mean of the models' maps, activated; see `CellTyper.forward`."""
+        members: Any = self.models
+        if features is None and self.shares:
+            features = members[0].encoder(images)
+        each = [model.activate(model(images, features)) for model in members]
+        return {name: torch.stack([maps[name] for maps in each]).mean(dim=0) for name in each[0]}
+
+    def activate(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give the maps back, which are activated already."""
+        return raw
+
+
+def _is_frozen(encoder: nn.Module) -> bool:
+    return isinstance(encoder, Adapted) and not encoder.trained
 
 
 def _decoder_on(encoder: nn.Module, decoder: str | type[nn.Module] | nn.Module) -> nn.Module:

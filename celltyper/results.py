@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_json, write_text
-from celltyper.checkpoints import load_model
+from celltyper.checkpoints import load_model, model_folders
 from celltyper.datasets import Dataset
 from celltyper.errors import ConfigError, DataError
 from celltyper.evaluation import Estimate, Summary, evaluate, score_image, summarise
@@ -60,7 +60,7 @@ def evaluate_run(
     Parameters
     ----------
     run : str or Path
-        Run folder or checkpoint.
+        Run folder, checkpoint, or the folder of a protocol, whose models make an ensemble.
     data : str or Path
         Annotated images.
     output : str or Path or None
@@ -99,7 +99,7 @@ def evaluate_run(
     )
     place = pick_device(device)
     autocast(place, precision)
-    facts = read_json(run / RUN_FILE) if run.is_dir() else {}
+    facts = _facts(run) if run.is_dir() else {}
     dataset = _at(_open(data, split, facts, reader=reader, taxonomy=taxonomy), mpp)
     if not allow_seen:
         _check_unseen(dataset, facts)
@@ -300,6 +300,19 @@ def _same_classes(classes: Sequence[str], dataset: Dataset) -> None:
             f"{', '.join(dataset.classes)}: both must name the same in the same order "
             "(--taxonomy merges and renames classes)"
         )
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    """What a run says of itself; of a protocol, which images any of its models was trained on."""
+    if (run / RUN_FILE).is_file():
+        return read_json(run / RUN_FILE)
+    parts = [read_json(f / RUN_FILE).get("data", {}).get("train") for f in model_folders(run)]
+    known = [part for part in parts if part]
+    if not known:
+        return {}
+    group_of = {n: g for part in known for n, g in zip(part["names"], part["groups"], strict=True)}
+    union = {"names": [*group_of], "groups": [*group_of.values()]}
+    return {"data": {"train": known[0] | union}}
 
 
 def _open(data: str | Path, split: str | None, facts: Mapping[str, Any], **reading: Any) -> Dataset:

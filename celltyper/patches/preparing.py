@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
@@ -25,6 +25,13 @@ from celltyper.patches.windows import check_centers, read_header
 logger = logging.getLogger("celltyper")
 
 Rows = NDArray[np.intp]
+
+_REMEDIES = {
+    "training": "take more slides: a larger fraction, fewer folds, or another seed",
+    "validation": "raise data.val_fraction, or set it to 0",
+    "test": "ask for fewer folds",
+}
+"""What to do where a class is missing in a part."""
 
 
 class PatchParts(NamedTuple):
@@ -157,7 +164,7 @@ def divide_rows(data: PatchData, table: PatchTable, seed: int) -> PatchParts:
     Raises
     ------
     DataError
-        If a split does not fit the windows, a group is on both sides, or nothing trains.
+        If a split does not fit the windows, a group is on both sides, or a class is missing.
     """
     whole = as_dataset(table, data)
     if not whole.splits:
@@ -178,7 +185,37 @@ def divide_rows(data: PatchData, table: PatchTable, seed: int) -> PatchParts:
             f"{data.split or table.path}: {listing(sorted(both))} in training and validation; "
             "keep a patient or slide on one side"
         )
-    return PatchParts(rows_of(table, train.names), rows_of(table, val.names))
+    parts = PatchParts(rows_of(table, train.names), rows_of(table, val.names))
+    check_classes(table, {"training": parts.train, "validation": parts.val}, data.split)
+    return parts
+
+
+def check_classes(table: PatchTable, parts: Mapping[str, Rows], where: object = None) -> None:
+    """Refuse parts of the windows in which a class is missing, before anything is fitted.
+
+    Parameters
+    ----------
+    table : PatchTable
+    parts : mapping of str to ndarray of int
+        Rows of ``training``, ``validation`` and ``test`` windows; empty parts pass, and so do
+        validation windows of more than two classes, which choose no threshold.
+    where : object
+        Names the division in the message; by default it is the table.
+
+    Raises
+    ------
+    DataError
+    """
+    for part, rows in parts.items():
+        found = set(table.labels[rows].tolist())
+        absent = [name for i, name in enumerate(table.classes) if i not in found]
+        if part == "validation" and len(table.classes) > 2:
+            continue
+        if len(rows) and absent:
+            raise DataError(
+                f"{where or table.path}: none of the {len(rows)} {part} windows is of class "
+                f"{' or '.join(absent)}; {_REMEDIES[part]}"
+            )
 
 
 def as_dataset(table: PatchTable, data: PatchData) -> Dataset:

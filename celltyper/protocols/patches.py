@@ -23,6 +23,7 @@ from celltyper.patches.model import build_embedder
 from celltyper.patches.preparing import (
     PatchParts,
     as_dataset,
+    check_classes,
     counts_of,
     open_labelled,
     rows_of,
@@ -112,7 +113,12 @@ def run_patch_protocol(
     table = open_labelled(config.data, progress=progress)
     whole, seeds = as_dataset(table, config.data), protocol.seeds or (config.seed,)
     runs = plan_runs(protocol, config.data, whole, counts_of(table), seeds, list(variants))
-    _check_classes(runs, table, tested=protocol.folds is not None)
+    for run in runs:
+        parts = {"training": run.train, "validation": run.val}
+        # a domain may lack a class; a fold that does has no score
+        parts |= {"test": run.test} if protocol.folds else {}
+        rows = {part: rows_of(table, names) for part, names in parts.items()}
+        check_classes(table, rows, f"{table.path}, {run.path}")
     resolved = {name: resolve_patches(own, table) for name, own in variants.items()}
     about = {
         "task": "patches",
@@ -147,26 +153,6 @@ def run_patch_protocol(
         bar.close()
     logger.info("%d runs in %.0f s", len(todo), time.monotonic() - started)
     return output
-
-
-def _check_classes(runs: Sequence[PlannedRun], table: PatchTable, *, tested: bool) -> None:
-    """Refuse runs whose windows lack a class, before the first one starts."""
-    class_of = dict(zip(table.names, table.labels.tolist(), strict=True))
-    binary = len(table.classes) == 2
-    for run in runs:
-        needed = {
-            "training": (run.train, True, "take larger fractions, fewer folds or another seed"),
-            "validation": (run.val, binary, "raise data.val_fraction, or set it to 0"),
-            "test": (run.test, tested, "ask for fewer folds"),
-        }
-        for part, (names, all_classes, advice) in needed.items():
-            found = {class_of[name] for name in names}
-            absent = [c for i, c in enumerate(table.classes) if i not in found]
-            if names and all_classes and absent:
-                raise DataError(
-                    f"{table.path}, {run.path}: none of its {len(names)} {part} windows is of "
-                    f"class {' or '.join(absent)}; {advice}"
-                )
 
 
 def _view(config: PatchConfig) -> str:
