@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from celltyper import __version__
 from celltyper.commands.data import data
 from celltyper.commands.encoders import encoders
 from celltyper.commands.shared import (
+    IMAGES,
     MODEL_OPTIONS,
     PATH,
+    SKIP_BAD,
     common,
+    of_cells,
+    of_patches,
     predicting,
     reading,
+    refuse,
     say,
     start_log,
 )
@@ -114,15 +118,33 @@ def train(
 @click.option("-m", "--model", type=PATH, required=True, help="Run folder or checkpoint.")
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
 @click.option("--mpp", type=float, help="Micrometres per pixel.  [default: as the files say]")
+@click.option("--points", type=PATH, help="Patches: where to look on IMAGE (CSV, cells, GeoJSON).")
+@IMAGES
+@SKIP_BAD
 @click.option("--overwrite", is_flag=True, help="Replace earlier results in the folder.")
 @predicting
 def infer(inputs: tuple[Path, ...], model: Path, output: Path, quiet: bool, **options: Any) -> None:
     """Find and type the cells of images (PNG, JPEG, TIFF) or of folders of images.
 
+    A model of patches types patches, those of a CSV, or points of one image or slide; the folder
+    of a protocol types as an ensemble of its models.
+
     \b
     celltyper infer image.png -m run -o out
+    celltyper infer patches/ -m mitosis-run -o out --mpp 0.25
+    celltyper infer slide.svs --points cells.csv -m mitosis-run -o out
     """  # noqa: D301
     start_log(quiet)
+    from celltyper.checkpoints import task_of_run
+
+    if task_of_run(model) == "patches":
+        options = of_patches(options)
+        from celltyper.patches.typing import infer_patches, inferred_text
+
+        done = infer_patches(inputs, model, output, progress=not quiet, **options)
+        say(quiet, inferred_text(done))
+        return
+    options = of_cells(options)
     from celltyper.inference import infer as run
 
     folder = run(inputs, model, output, progress=not quiet, **options)
@@ -145,13 +167,13 @@ def infer(inputs: tuple[Path, ...], model: Path, output: Path, quiet: bool, **op
     help="Bootstrap resamples of the intervals.",
 )
 @click.option("--allow-seen", is_flag=True, help="Score images of the training data too.")
+@IMAGES
+@SKIP_BAD
+@click.option("--against", type=PATH, help="Patches: evaluation to compare with, on the same.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier evaluation.")
 @reading
 @predicting
-@click.pass_context
 def evaluate(
-    context: click.Context,
-    /,
     run: Path | None,
     data: Path | None,
     pred: Path | None,
@@ -161,6 +183,9 @@ def evaluate(
 ) -> None:
     """Score a model on annotated images, or predictions that are there already.
 
+    A model of patches is scored on annotated patches; the folder of a protocol is scored as an
+    ensemble of its models, with the mean and deviation of these.
+
     \b
     celltyper eval RUN DATA
     celltyper eval --pred OUT --ref DATA
@@ -169,12 +194,22 @@ def evaluate(
     if not of_run and not (pred and ref and run is None):
         raise click.UsageError("give RUN and DATA, or --pred and --ref")
     if not of_run:
-        for name in (*MODEL_OPTIONS, "allow_seen"):
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                option = name.removeprefix("encoder_").replace("_", "-")
-                raise click.UsageError(f"--{option} is for RUN and DATA: --pred runs no model")
-            options.pop(name)
+        own = (*MODEL_OPTIONS, "allow_seen")
+        refuse(own, "for RUN and DATA: --pred runs no model")
+        options = {name: value for name, value in options.items() if name not in own}
     start_log(quiet)
+    if run is not None and data is not None:
+        from celltyper.checkpoints import task_of_run
+
+        if task_of_run(run) == "patches":
+            from celltyper.patches.evaluating import evaluate_patches
+            from celltyper.patches.wording import evaluation_text
+
+            done = evaluate_patches(run, data, progress=not quiet, **of_patches(options))
+            say(quiet, evaluation_text(done))
+            say(quiet, f"report: {done.folder / 'report.html'}")
+            return
+    options = of_cells(options)
     from celltyper.results import evaluate_predictions, evaluate_run, summary_text
 
     if run is not None and data is not None:
@@ -198,8 +233,8 @@ def evaluate(
 def report(folder: Path, resamples: int, quiet: bool) -> None:
     """Make the table of a protocol that train --protocol wrote, finished or not.
 
-    Writes table.csv, classes.csv, differences.csv, table.md and report.html into OUT; for patches,
-    table.csv and table.md.
+    Writes table.csv, table.md and report.html into OUT, with several variants differences.csv, and
+    for cells classes.csv.
     """
     start_log(quiet)
     from celltyper.protocols import report_protocol
@@ -207,10 +242,11 @@ def report(folder: Path, resamples: int, quiet: bool) -> None:
     from celltyper.protocols.writing import table_text
 
     if read_plan(folder).get("task") == "patches":
-        from celltyper.protocols.patch_table import patch_table_text, report_patch_protocol
+        from celltyper.protocols.patch_writing import report_patch_protocol
+        from celltyper.protocols.patch_writing import table_text as patch_table_text
 
         say(quiet, patch_table_text(report_patch_protocol(folder, resamples=resamples)))
-        say(quiet, f"table: {folder / 'table.md'}")
+        say(quiet, f"report: {folder / 'report.html'}")
         return
     say(quiet, table_text(report_protocol(folder, resamples=resamples)))
     say(quiet, f"report: {folder / 'report.html'}")

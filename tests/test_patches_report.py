@@ -307,12 +307,12 @@ def test_a_report_has_everything_and_needs_nothing_beside_it(
     assert re.findall(r"<h2[^>]*>(.*?)</h2>", page) == [
         "Scores",
         "Differences to the first variant",
+        "Variants",
         "ROC and precision-recall",
         "Calibration",
         "Confusion",
         "By agreement of the experts",
         "Most certain mistakes",
-        "Variants",
         "What ran on what",
     ]
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
@@ -368,7 +368,7 @@ def test_gallery_shows_the_middle_of_the_patches_of_the_best_variant(cv: Path) -
     table = report_patch_protocol(cv, resamples=0)
     best = max(table.pooled, key=lambda v: table.pooled[v].scores.scores["balanced_accuracy"])
     shown = section((cv / "report.html").read_text(), "Most certain mistakes")
-    assert f"Of {best}, the variant with the highest balanced accuracy." in text_of(shown)
+    assert f"Mistakes of {best}, the variant with the highest balanced accuracy." in text_of(shown)
     windows = table.pooled[best].windows
     called = np.where(windows.probabilities[:, 0] >= windows.thresholds, 0, 1)
     wrong = called != windows.labels
@@ -513,6 +513,23 @@ def test_what_is_missing_or_too_little_is_said_first(tmp_path: Path) -> None:
     assert not (tmp_path / "differences.csv").exists()
     # nothing is known of what ran
     assert "encoder passes" not in page
+
+
+def test_passes_of_a_trained_encoder_are_those_of_all_runs(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    runs = {("", f"fold-{i}", 1.0, 0): random_run(rng, f"f{i}") for i in range(2)}
+    trained = {
+        "head": {"name": "linear"},
+        "train": {"steps": 10, "batch_size": 4},
+        "view": {"symmetries": 1},
+    }
+    # 100 windows for embeddings, which both runs share, and 40 in the training of each
+    made(tmp_path, runs, {"folds": 2}, variants={"": trained}, facts={"encoder_passes": 140})
+    report_patch_protocol(tmp_path, resamples=0)
+    facts = text_of(section((tmp_path / "report.html").read_text(), "What ran on what"))
+    assert "encoder passes 180 for all 2 runs" in facts
+    assert "script" not in facts
+    assert "10 steps of 4 windows, learning rate 0.0001" in facts
 
 
 def test_many_classes_and_no_threshold(tmp_path: Path) -> None:

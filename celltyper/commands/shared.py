@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 PATH = click.Path(path_type=Path)
 
@@ -47,17 +48,29 @@ def predicting(command: Callable[..., Any]) -> Callable[..., Any]:
             "--symmetries",
             type=click.Choice(["1", "2", "4", "8"]),
             callback=lambda _context, _option, value: value and int(value),
-            help="Average over turned and mirrored tiles.  [default: as in the run]",
+            help="Average over turned and mirrored images.  [default: as in the run]",
         ),
         click.option(
             "--batch-size",
             type=click.IntRange(1),
-            help="Tiles per forward pass.  [default: as in the run]",
+            help="Tiles or patches per forward pass.  [default: as in the run]",
         ),
     ):
         command = option(command)
     return common(command)
 
+
+SKIP_BAD = click.option(
+    "--skip-bad", is_flag=True, help="Patches: go on without files that cannot be read."
+)
+IMAGES = click.option(
+    "--images", type=PATH, help="Patches: folder of the images that a table names."
+)
+
+CELLS_ONLY = ("precision", "allow_code", "taxonomy")
+"""Options without effect on patches."""
+PATCHES_ONLY = ("points", "images", "skip_bad", "against", "classes", "folds", "size")
+"""Options without effect on images of cells."""
 
 READING = (
     click.option(
@@ -74,6 +87,40 @@ def reading(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in READING:
         command = option(command)
     return command
+
+
+def refuse(names: Iterable[str], why: str) -> None:
+    """Refuse options that have no effect, if they were given.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Names of the command's parameters.
+    why : str
+        What they are for.
+
+    Raises
+    ------
+    click.UsageError
+        Naming the first that was given.
+    """
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = name.removeprefix("encoder_").replace("_", "-")
+            raise click.UsageError(f"--{option} is {why}")
+
+
+def of_patches(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that have an effect on patches; the others are refused if they were given."""
+    refuse(CELLS_ONLY, "for images of cells, and this is about patches")
+    return {name: value for name, value in options.items() if name not in CELLS_ONLY}
+
+
+def of_cells(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that have an effect on images of cells; the others are refused if given."""
+    refuse(PATCHES_ONLY, "for patches, and this is about images of cells")
+    return {name: value for name, value in options.items() if name not in PATCHES_ONLY}
 
 
 class _Once(logging.Filter):

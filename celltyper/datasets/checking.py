@@ -99,6 +99,8 @@ class Description:
         Images by value of every attribute.
     unannotated : dict of str to int
         Images that do not annotate a class, by class.
+    objects : str
+        What ``nuclei`` and ``total`` count.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Description:
     groups: int
     domains: Mapping[str, Mapping[str, int]]
     unannotated: Mapping[str, int]
+    objects: str = "nuclei"
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def description_text(about: Description, layout: str) -> str:
         "path": about.path,
         "layout": layout,
         "images": f"{about.images:,}",
-        "size": _counted({f"{h} x {w} px": n for (h, w), n in about.sizes.items()}),
+        "size": _counted({f"{h} x {w} px": n for (h, w), n in about.sizes.items()}) or "unknown",
         "mpp": _counted({f"{m:g}" if m else "unknown": n for m, n in about.mpp.items()}),
         "groups": f"{about.groups:,}",
         **{name: _counted(values) for name, values in about.domains.items()},
@@ -116,7 +116,7 @@ def _class_tables(about: Description) -> list[str]:
     names = [*about.classes, "(class unknown)"]
     if not any(counts[-1] for counts in columns.values()):
         names.pop()
-    left = max(*map(len, names), len("class"), len("images")) + 2
+    left = max(*map(len, names), len("class"), len("images"), len(about.objects)) + 2
     lines = []
     for first in range(0, len(columns), _TABLE_SPLITS):
         splits = list(columns)[first : first + _TABLE_SPLITS]
@@ -129,7 +129,8 @@ def _class_tables(about: Description) -> list[str]:
                 share = 100 * column[k] / max(sum(column), 1)
                 cells += f"{column[k]:>9,}{share:>6.1f}%"
             lines.append(name.ljust(left) + cells)
-        for what, counts in (("nuclei", {s: sum(columns[s]) for s in splits}), ("images", images)):
+        totals = {s: sum(columns[s]) for s in splits}
+        for what, counts in ((about.objects, totals), ("images", images)):
             lines.append(what.ljust(left) + "".join(f"{counts[s]:>9,}       " for s in splits))
     return [line.rstrip() for line in lines]
 

@@ -80,17 +80,19 @@ class EmbeddingProbe:
         progress: bool,
     ) -> NDArray[np.float64]:
         """Probabilities (n, K), averaged over symmetries of the square."""
-        embeddings = embed_table(
-            self.embedder,
+        found = self.embed(
             table,
-            cache_folder() / "embeddings",
             size=size,
             mpp=mpp,
             symmetries=symmetries,
             batch_size=batch_size,
             progress=progress,
         )
-        return mean_probabilities(self.probe, embeddings)
+        return mean_probabilities(self.probe, found)
+
+    def embed(self, table: PatchTable, **how: Any) -> NDArray[np.float32]:
+        """Embeddings (n, symmetries, D), from the cache or computed now."""
+        return embed_table(self.embedder, table, cache_folder() / "embeddings", **how)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,15 +143,20 @@ class PatchModel:
         -------
         ndarray of float64, shape (n, K)
         """
-        view = self.config.view
         return self.predictor.probabilities(
-            table,
-            size=self.size,
-            mpp=self.mpp,
-            symmetries=symmetries or view.symmetries,
-            batch_size=view.batch_size,
-            progress=progress,
+            table, **self.how(symmetries=symmetries, progress=progress)
         )
+
+    def how(self, *, symmetries: int | None, progress: bool) -> dict[str, Any]:
+        """Settings under which its predictor sees windows."""
+        view = self.config.view
+        return {
+            "size": self.size,
+            "mpp": self.mpp,
+            "symmetries": symmetries or view.symmetries,
+            "batch_size": view.batch_size,
+            "progress": progress,
+        }
 
 
 def ensemble_probabilities(
@@ -174,6 +181,12 @@ def ensemble_probabilities(
     ndarray of float64, shape (M, n, K)
         Their mean over M is the ensemble.
     """
+    probes = [model.predictor for model in models]
+    first = probes[0]
+    if isinstance(first, EmbeddingProbe) and all(p.embedder is first.embedder for p in probes):
+        found = first.embed(table, **models[0].how(symmetries=symmetries, progress=progress))
+        own = [p.probe for p in probes if isinstance(p, EmbeddingProbe)]
+        return np.stack([mean_probabilities(probe, found) for probe in own])
     return np.stack(
         [model.probabilities(table, symmetries=symmetries, progress=progress) for model in models]
     )

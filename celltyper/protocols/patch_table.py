@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from celltyper.atomic import write_text
 from celltyper.errors import DataError
-from celltyper.metrics.bootstrap import percentile_interval
+from celltyper.metrics.bootstrap import PairedDifference, percentile_interval
+from celltyper.metrics.classification import PatchScores
 from celltyper.metrics.ranking import SPECIFICITY
 from celltyper.metrics.ratios import mean_of_known
 from celltyper.metrics.scoring import ALL, Scorer, check_patches, draw_scores, patch_scorer
+from celltyper.protocols.patch_pooling import Pooled, compare_pooled, pool_runs, score_pooled
 from celltyper.protocols.patches import TypedPatches, read_typed
 from celltyper.protocols.scores import SCORES_FILE
 from celltyper.protocols.table import read_plan
+from celltyper.runs import RUN_FILE
 
 Values = NDArray[np.float64]
 
@@ -43,6 +44,9 @@ SHOWN = (
 
 HEADLINE = ("balanced_accuracy", "auroc", "auprc", "f1")
 
+MIN_CLUSTERS = 8
+"""Patients or slides from which an interval says something."""
+
 
 class PatchFigure(NamedTuple):
     """A score over several runs; NaN where it cannot be computed."""
@@ -53,6 +57,8 @@ class PatchFigure(NamedTuple):
     low: float
     high: float
     """95 % interval of the mean: patients or slides are drawn, the same for all runs."""
+    values: tuple[float, ...]
+    """Of every run."""
 
 
 @dataclass(frozen=True)
@@ -89,25 +95,102 @@ class PatchRow:
 
 
 @dataclass(frozen=True)
+class PatchDifference:
+    """Pooled scores of a variant less those of the first one, on the runs that both finished.
+
+    Parameters
+    ----------
+    variant, first : str
+    fraction : float
+    runs, clusters : int
+        How many were compared, and patients or slides that were drawn.
+    scores : dict of str to PairedDifference
+        By `SHOWN`.
+    """
+
+    variant: str
+    first: str
+    fraction: float
+    runs: int
+    clusters: int
+    scores: dict[str, PairedDifference]
+
+
+class PooledVariant(NamedTuple):
+    """All finished runs of a variant at the largest fraction together."""
+
+    windows: Pooled
+    scores: PatchScores
+
+
+@dataclass(frozen=True)
 class PatchTableOfRuns:
-    """What `celltyper report` shows of a protocol in patch mode."""
+    """What `celltyper report` shows of a protocol in patch mode.
+
+    Parameters
+    ----------
+    path : Path
+        Folder of the protocol.
+    about : dict
+        What ``protocol.json`` holds.
+    rows : list of PatchRow
+        By variant, fraction and domain.
+    differences : list of PatchDifference
+        Empty with fewer than two variants.
+    pooled : dict of str to PooledVariant
+        By variant, at the largest fraction of which a run is finished.
+    facts : dict of str to dict
+        What ``run.json`` of every finished run holds, by its folder.
+    missing : list of str
+        Folders of runs that are not finished.
+    """
 
     path: Path
     about: dict[str, Any]
     rows: list[PatchRow]
+    differences: list[PatchDifference]
+    pooled: dict[str, PooledVariant]
+    facts: dict[str, dict[str, Any]]
     missing: list[str]
-    """Folders of runs that are not finished."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the K classes."""
+        return tuple(self.about["classes"])
+
+    @property
+    def positive(self) -> int:
+        """Index of the positive class."""
+        return self.classes.index(self.about["positive"])
+
+    @property
+    def first(self) -> PooledVariant:
+        """Of the first variant that has finished runs."""
+        return next(iter(self.pooled.values()))
 
 
-def report_patch_protocol(output: str | Path, *, resamples: int = 1000) -> PatchTableOfRuns:
-    """Write the table of a protocol in patch mode, finished or not.
+class _Run(NamedTuple):
+    """A finished run of the plan."""
+
+    entry: dict[str, Any]
+    typed: TypedPatches
+
+    @property
+    def key(self) -> str:
+        """What the runs of two variants have in common."""
+        part, fraction, seed = (self.entry[key] for key in ("part", "fraction", "seed"))
+        return f"{part}, {fraction:g}, seed {seed}"
+
+
+def patch_table(output: str | Path, *, resamples: int = 1000) -> PatchTableOfRuns:
+    """Collect the scores of a protocol in patch mode, finished or not.
 
     Parameters
     ----------
     output : str or Path
-        Folder of the protocol; gets ``table.csv`` and ``table.md``.
+        What `celltyper.protocols.run_patch_protocol` wrote.
     resamples : int
-        Bootstrap resamples of the intervals.
+        Bootstrap resamples of the intervals; 0 leaves them out.
 
     Returns
     -------
@@ -120,26 +203,39 @@ def report_patch_protocol(output: str | Path, *, resamples: int = 1000) -> Patch
     """
     path = Path(output)
     about = read_plan(path)
-    entries = about["runs"]
-    found = {
-        entry["path"]: read_typed(path / entry["path"] / SCORES_FILE)
-        for entry in entries
-        if (path / entry["path"] / SCORES_FILE).is_file()
-    }
-    missing = [entry["path"] for entry in entries if entry["path"] not in found]
-    if not found:
+    classes, positive = tuple(about["classes"]), about["classes"].index(about["positive"])
+    runs, missing = [], []
+    for entry in about["runs"]:
+        file = path / entry["path"] / SCORES_FILE
+        if file.is_file():
+            runs.append(_Run(entry, read_typed(file)))
+        else:
+            missing.append(entry["path"])
+    if not runs:
         raise DataError(f"{path}: no run is finished: go on with train --protocol and --resume")
-    positive = about["classes"].index(about["positive"])
+    crossed = about["protocol"]["train_on"] is not None
     rows = [
-        _row(key, own, found, len(about["classes"]), positive, about, resamples)
-        for key, own in _sorted_runs(entries)
-        if any(entry["path"] in found for entry in own)
+        row
+        for planned in _sorted_entries(about["runs"])
+        for row in _rows(planned, runs, len(classes), positive, crossed, resamples)
     ]
-    flat = [row for group in rows for row in group]
-    table = PatchTableOfRuns(path, about, flat, missing)
-    write_text(path / "table.csv", _csv(table))
-    write_text(path / "table.md", _markdown(table))
-    return table
+    largest = max(run.entry["fraction"] for run in runs)
+    pooled = {}
+    for variant in about["variants"]:
+        own = _of(runs, variant, largest)
+        if own:
+            windows = pool_runs(own)
+            scores = score_pooled(windows, classes, positive, resamples=resamples)
+            pooled[variant] = PooledVariant(windows, scores)
+    return PatchTableOfRuns(
+        path=path,
+        about=about,
+        rows=rows,
+        differences=_differences(about, runs, classes, positive, resamples),
+        pooled=pooled,
+        facts={run.entry["path"]: _facts(path / run.entry["path"] / RUN_FILE) for run in runs},
+        missing=missing,
+    )
 
 
 def figures_of(
@@ -197,72 +293,54 @@ def figures_of(
             float(known.mean()) if len(known) else math.nan,
             float(known.std(ddof=1)) if len(known) > 1 else math.nan,
             *percentile_interval(drawn[name, ALL]),
+            tuple(values.tolist()),
         )
     return result
 
 
-def patch_table_text(table: PatchTableOfRuns) -> str:
-    """Scores as a table for a terminal of 80 columns."""
-    lines = []
-    for row in table.rows:
-        runs = f"{row.runs} run{'s' * (row.runs > 1)}"
-        runs += f" of {row.planned}" if row.runs < row.planned else ""
-        lines.append(f"{_title(row) or 'all'}: mean ± deviation over {runs}")
-        for name in SHOWN if len(table.rows) == 1 else HEADLINE:
-            figure = row.scores[name]
-            lines.append(
-                f"  {name:27} {_short(figure.mean)} ± {_short(figure.deviation)}   "
-                f"{_short(figure.low)} to {_short(figure.high)}"
-            )
-    rules = "; ".join(["positive: " + table.about["positive"], "intervals: 95 %, over slides"])
-    lines.append(rules)
-    if table.missing:
-        lines.append(f"not finished: {len(table.missing)} of {len(table.about['runs'])} runs")
-    return "\n".join(lines)
-
-
-def _sorted_runs(
-    entries: Sequence[dict[str, Any]],
-) -> Iterator[tuple[tuple[str, float, str], list[dict[str, Any]]]]:
-    """Entries by variant, fraction and domain, in the order of the plan."""
-    keys: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+def _sorted_entries(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Entries by variant, fraction and domain, each in the order of the plan."""
+    found: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for entry in entries:
         key = entry["variant"], entry["fraction"], entry["domain"]
-        keys.setdefault(key, []).append(entry)
-    yield from keys.items()
+        found.setdefault(key, []).append(entry)
+    orders = [list(dict.fromkeys(values)) for values in zip(*found, strict=True)]
+    keys = sorted(
+        found, key=lambda key: [order.index(v) for order, v in zip(orders, key, strict=True)]
+    )
+    return [found[key] for key in keys]
 
 
-def _row(
-    key: tuple[str, float, str],
-    own: Sequence[dict[str, Any]],
-    found: dict[str, TypedPatches],
+def _rows(
+    planned: Sequence[dict[str, Any]],
+    runs: Sequence[_Run],
     classes: int,
     positive: int,
-    about: dict[str, Any],
+    crossed: bool,
     resamples: int,
 ) -> list[PatchRow]:
-    """One row, or one for every domain that was tested."""
-    variant, fraction, domain = key
-    entries = [entry for entry in own if entry["path"] in found]
-    runs = [found[entry["path"]] for entry in entries]
-    crossed = about["protocol"]["train_on"] is not None
-    parts = {"" if crossed else domain: runs}
+    """One row, or one for every domain that was tested; none before a run is finished."""
+    done = [run for run in runs if run.entry in planned]
+    if not done:
+        return []
+    first = planned[0]
+    parts = {"" if crossed else first["domain"]: [run.typed for run in done]}
     if crossed:
-        tested = sorted({d for run in runs for d in run.domains})
-        parts = {d: [_of_domain(run, d) for run in runs] for d in tested}
+        tested = sorted({domain for run in done for domain in run.typed.domains})
+        parts = {domain: [_of_domain(run.typed, domain) for run in done] for domain in tested}
     return [
         PatchRow(
-            variant=variant,
-            fraction=fraction,
-            reached=float(np.mean([entry["reached"] for entry in entries])),
-            trained_on=domain if crossed else "",
-            tested_on=name,
+            variant=first["variant"],
+            fraction=first["fraction"],
+            reached=float(np.mean([run.entry["reached"] for run in done])),
+            trained_on=first["domain"] if crossed else "",
+            tested_on=domain,
             runs=len(chosen),
-            planned=len(own),
-            clusters=len({g for run in chosen for g in run.groups}),
+            planned=len(planned),
+            clusters=len({group for run in chosen for group in run.groups}),
             scores=figures_of(chosen, classes, positive, resamples=resamples),
         )
-        for name, chosen in parts.items()
+        for domain, chosen in parts.items()
     ]
 
 
@@ -280,45 +358,39 @@ def _of_domain(run: TypedPatches, domain: str) -> TypedPatches:
     )
 
 
-def _title(row: PatchRow) -> str:
-    words = [row.variant, f"fraction {row.fraction:g}" if row.fraction < 1 else ""]
-    if row.trained_on:
-        words.append(f"trained on {row.trained_on}, tested on {row.tested_on}")
-    elif row.tested_on:
-        words.append(f"without {row.tested_on}")
-    return ", ".join(word for word in words if word)
+def _of(runs: Sequence[_Run], variant: str, fraction: float) -> dict[str, TypedPatches]:
+    chosen = (variant, fraction)
+    return {r.key: r.typed for r in runs if (r.entry["variant"], r.entry["fraction"]) == chosen}
 
 
-def _csv(table: PatchTableOfRuns) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    keys = ["variant", "fraction", "reached", "trained_on", "tested_on", "runs", "planned"]
-    parts = ("mean", "deviation", "low", "high")
-    writer.writerow([*keys, "slides", *(f"{n}_{part}" for n in SHOWN for part in parts)])
-    for row in table.rows:
-        first = [row.variant, f"{row.fraction:g}", f"{row.reached:.4g}"]
-        first += [row.trained_on, row.tested_on, str(row.runs), str(row.planned)]
-        values = [_digits(value) for name in SHOWN for value in row.scores[name]]
-        writer.writerow([*first, row.clusters, *values])
-    return text.getvalue()
+def _differences(
+    about: Mapping[str, Any],
+    runs: Sequence[_Run],
+    classes: tuple[str, ...],
+    positive: int,
+    resamples: int,
+) -> list[PatchDifference]:
+    """Every further variant less the first one, at every fraction that both have runs of."""
+    first, *others = about["variants"]
+    found = []
+    for variant in others:
+        for fraction in dict.fromkeys(run.entry["fraction"] for run in runs):
+            own, base = (_of(runs, name, fraction) for name in (variant, first))
+            both = [key for key in own if key in base]
+            if not both:
+                continue
+            a, b = (pool_runs({key: side[key] for key in both}) for side in (own, base))
+            scores = compare_pooled(a, b, classes, positive, resamples=resamples)
+            clusters = len(set(a.groups))
+            shown = {name: scores[name] for name in SHOWN}
+            found.append(PatchDifference(variant, first, fraction, len(both), clusters, shown))
+    return found
 
 
-def _markdown(table: PatchTableOfRuns) -> str:
-    lines = ["| | runs | " + " | ".join(HEADLINE) + " |", "|---|---|" + "---|" * len(HEADLINE)]
-    for row in table.rows:
-        cells = [
-            f"{_short(f.mean)} ± {_short(f.deviation)} ({_short(f.low)} to {_short(f.high)})"
-            for f in (row.scores[name] for name in HEADLINE)
-        ]
-        lines.append(f"| {_title(row) or 'all'} | {row.runs} | " + " | ".join(cells) + " |")
-    about = f"Positive class: {table.about['positive']}. Mean ± deviation over runs, and the 95 % "
-    about += "interval of the mean, over patients or slides."
-    return "\n".join([*lines, "", about]) + "\n"
-
-
-def _short(value: float) -> str:
-    return "  -  " if math.isnan(value) else f"{value:.3f}"
-
-
-def _digits(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
+def _facts(file: Path) -> dict[str, Any]:
+    """What a run wrote of itself; a table can be made without."""
+    try:
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts

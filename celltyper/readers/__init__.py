@@ -213,6 +213,22 @@ def recognise(path: Path) -> str:
     )
 
 
+def holds_cells(path: Path) -> bool:
+    """Whether a folder, or a part in it such as ``train``, is of a layout of annotated cells.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    bool
+        True also if several layouts fit.
+    """
+    folders = [path, *(path / part for part in PARTS)]
+    return any(_recognised(folder) for folder in folders if folder.is_dir())
+
+
 def _check_folder(path: Path) -> None:
     if path.is_file():
         raise DataError(f"{path}: a file; give the folder of the dataset")

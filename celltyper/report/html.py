@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from numpy.typing import NDArray
 
@@ -75,15 +75,7 @@ def render(report: Report) -> str:
     figures, left_out = make_figures(
         report.images, len(report.classes), report.worst_by, FIGURE_BUDGET
     )
-    environment = Environment(
-        loader=PackageLoader("celltyper.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "sort_key": sort_key, "interval": interval}
-    return environment.get_template("report.html.j2").render(
+    return page_template("report.html.j2").render(
         report=report,
         dash=DASH,
         names=["no class", *report.classes],
@@ -99,6 +91,19 @@ def render(report: Report) -> str:
         diagram=None if report.reliability is None else reliability_diagram(report.reliability),
         bins=[] if report.reliability is None else _bins(report.reliability),
     )
+
+
+def page_template(name: str) -> Template:
+    """Template of a page, with the filters that its macros use."""
+    environment = Environment(
+        loader=PackageLoader("celltyper.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "sort_key": sort_key, "interval": interval}
+    return environment.get_template(name)
 
 
 def number(value: Cell) -> str:
