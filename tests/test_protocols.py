@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from celltyper.checkpoints import PROTOCOL_FILE
 from celltyper.config import Config, Data
 from celltyper.datasets import Dataset, write_folder
 from celltyper.errors import ConfigError, DataError
@@ -25,7 +26,6 @@ from celltyper.protocols import load_protocol, protocol_table, report_protocol, 
 from celltyper.protocols.plan import PlannedRun, plan_runs
 from celltyper.protocols.protocol import Protocol, protocol_files, variant_configs
 from celltyper.protocols.scores import SCORES_FILE, read_scores, write_scores
-from celltyper.checkpoints import PROTOCOL_FILE
 from celltyper.protocols.writing import FILES, table_text
 from celltyper.readers import open_dataset
 from celltyper.types import Prediction, Sample

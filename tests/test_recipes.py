@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from celltyper.config import Loss, load_config, recipes, task_of
@@ -16,6 +17,10 @@ from celltyper.decoders import build_decoder
 from celltyper.errors import ConfigError
 from celltyper.loop import class_weights
 from celltyper.models import build_model
+from celltyper.patches.config import PatchConfig
+from celltyper.patches.model import load_patch_model
+from celltyper.patches.preparing import open_labelled
+from celltyper.patches.training import train_patches
 from celltyper.training import train
 
 SMALL = (
@@ -58,6 +63,74 @@ def test_recipe_trains_one_step(name: str, made_data: Path, tmp_path: Path) -> N
     facts = json.loads((run / "run.json").read_text())
     assert facts["steps"] == 1
     assert facts["trainability"]["adapt"] == config.encoder.adapt
+
+
+PATCHES = sorted(name for name in recipes() if task_of(name) == "patches")
+
+
+@pytest.fixture(scope="module")
+def made_patches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six atypical and six normal patches of 72 px, of four slides."""
+    root, rng = tmp_path_factory.mktemp("patches"), np.random.default_rng(0)
+    rows = ["file,slide,label"]
+    for i in range(12):
+        label = ("Atypical", "Normal")[i % 2]
+        (root / label).mkdir(exist_ok=True)
+        pixels = rng.normal((110, 170)[i % 2], 30, (72, 72, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(root / label / f"{i}.png")
+        rows.append(f"{label}/{i}.png,s{i // 3},{label}")
+    (root / "patches.csv").write_text("\n".join(rows) + "\n")
+    return root / "patches.csv"
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder"),
+    [
+        *((name, None) for name in PATCHES),
+        ("amibr-baseline", "vit_large_patch16"),
+        ("amibr-baseline", "swin_base_patch4_window7"),
+        ("amibr-lora", "uni2-h"),
+        ("midog-lora", "h-optimus-1"),
+    ],
+)
+def test_patch_recipe_trains_one_step(
+    name: str,
+    encoder: str | None,
+    made_patches: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CELLTYPER_CACHE", str(tmp_path / "cache"))
+    small = [f"data.root={made_patches}", "encoder.weights=twin"]
+    config = load_config(name, small, PatchConfig)
+    if encoder:
+        small.append(f"encoder.name={encoder}")
+    if config.head.by_gradient:
+        small += ["train.steps=2", "train.batch_size=4", "train.warmup=0"]
+    if config.data.size and config.data.size > 72:
+        small.append("data.size=64")
+    config = load_config(name, small, PatchConfig)
+    run = train_patches(config, tmp_path / "run", device="cpu", progress=False)
+    model = load_patch_model(run)
+    table = open_labelled(config.data, progress=False)
+    found = model.probabilities(table, progress=False)
+    assert found.shape == (12, 2)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+
+
+def test_study_of_atypical_mitoses_is_as_published() -> None:
+    config = load_config("amibr-lora", [], PatchConfig)
+    lora = config.encoder.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (8, 16, 0.3, "attention+mlp")
+    for name in ("amibr-lora", "amibr-baseline"):
+        train = load_config(name, [], PatchConfig).train
+        assert (train.lr, train.weight_decay, train.batch_size) == (1e-4, 1e-5, 8)
+    assert load_config("amibr-baseline", [], PatchConfig).encoder.adapt == "full"
+
+
+def test_study_of_look_alikes_is_as_published() -> None:
+    lora = load_config("midog-lora", [], PatchConfig).encoder.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (16, 16, 0.1, "attention")
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "examples").glob("*.yaml")))
