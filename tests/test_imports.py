@@ -20,7 +20,7 @@ LAYERS = [
     {"evaluation", "predict", "objective", "targets", "runs"},
     {"checkpoints", "optim"},
     {"models", "features", "parts", "probes"},
-    {"config", "encoders", "report", "decoders", "readers"},
+    {"config", "encoders", "report", "decoders", "readers", "slides"},
     {"datasets"},
     {"instances", "tiling", "cells", "metrics", "losses", "transforms", "symmetries"},
     {"labels", "atomic", "cache"},

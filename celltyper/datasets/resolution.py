@@ -27,14 +27,18 @@ def tiff_mpp(tiff: tifffile.TiffFile) -> float | None:
     float or None
         None if nothing plausible is stated, or if x and y differ by more than 1 %.
     """
+    found = stated_mpp(tiff)
+    if found is None or abs(found[0] - found[1]) > 0.01 * found[0]:
+        return None
+    return found[0]
+
+
+def stated_mpp(tiff: tifffile.TiffFile) -> tuple[float, float] | None:
+    """Micrometres per pixel along x and y that a TIFF file states, None if not plausible."""
     found = _ome(tiff) or _imagej(tiff) or _baseline(tiff)
-    if found is None:
+    if found is None or not all(PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1] for mpp in found):
         return None
-    x, y = found
-    low, high = PLAUSIBLE_MPP
-    if not (low <= x <= high and low <= y <= high) or abs(x - y) > 0.01 * x:
-        return None
-    return x
+    return found
 
 
 def _ome(tiff: tifffile.TiffFile) -> tuple[float, float] | None:
