@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -212,10 +214,12 @@ def test_figures_of_cv_are_scikit_learns_on_the_written_probabilities(
 # ---------------------------------------------------------------- scaling, domains, variants
 
 
+@pytest.mark.parametrize("of", ["windows", "groups"])
 def test_fractions_are_nested_and_seeds_divide_anew(
-    train: Run, tmp_path: Path, table: PatchTable, passes: list[int]
+    of: str, train: Run, tmp_path: Path, table: PatchTable, passes: list[int]
 ) -> None:
     rules = {"hold_out": 0.2, "fractions": [0.3, 1], "seeds": [0, 1]}
+    rules |= {"fraction_of": "groups"} if of == "groups" else {}
     assert train(rules, "data.val_fraction=0.2").code == 0
     assert sum(passes) == SLIDES * EACH
     out = tmp_path / "out" / "held-out"
@@ -233,7 +237,10 @@ def test_fractions_are_nested_and_seeds_divide_anew(
         # a fifth of 15 slides, and a fifth of the 12 others
         assert [len(side) for side in sides] == [10, 2, 3]
         assert len(set.union(*sides)) == SLIDES
-        assert len(groups_of(table, part["train"])) == 3
+        # .3 of 40 windows, a quarter of them rare
+        assert len(part["train"]) == 12
+        assert sum(name.startswith("rare/") for name in part["train"]) == 3
+        assert (len(groups_of(table, part["train"])) == 3) == (of == "groups")
     assert splits["1", 0]["test"] != splits["1", 1]["test"]
     for seed in (0, 1):
         run = out / "fraction-1" / f"seed-{seed}"
@@ -244,6 +251,70 @@ def test_fractions_are_nested_and_seeds_divide_anew(
         rows = [table.names.index(name) for name in splits["1", seed]["test"]]
         found = load_patch_model(run).probabilities(table.take(rows), progress=False)
         np.testing.assert_array_equal(found, scores(run)["probabilities"])
+
+
+def test_scaling_goes_down_to_one_window_of_each_class(
+    train: Run, tmp_path: Path, table: PatchTable, passes: list[int], celltyper_command: Run
+) -> None:
+    assert train("scaling").code == 0
+    assert sum(passes) == SLIDES * EACH
+    out = tmp_path / "out"
+    asked = {"0.001": 2, "0.01": 2, "0.1": 5, "1": 48}
+    sizes = {}
+    for seed in range(5):
+        runs = {f: out / "held-out" / f"fraction-{f}" / f"seed-{seed}" for f in asked}
+        splits = {f: split_of(run) for f, run in runs.items()}
+        tested = splits["1"]["test"]
+        for fraction, size in asked.items():
+            split = splits[fraction]
+            assert split["test"] == tested
+            assert len(set(split["train"])) == size
+            assert not groups_of(table, split["train"]) & groups_of(table, tested)
+            assert {name.split("/")[0] for name in split["train"]} == {"common", "rare"}
+            probe = json.loads((runs[fraction] / "run.json").read_text())["probe"]
+            by_default = probe["chosen_by"].startswith("default: too few slides or patients")
+            sizes[by_default] = {*sizes.get(by_default, ()), size}
+            assert scores(runs[fraction])["names"].tolist() == tested
+            if by_default:
+                assert probe["strength"] == 1  # the strongest of the recipe
+        names = [set(splits[fraction]["train"]) for fraction in asked]
+        assert names[0] == names[1] < names[2] < names[3]
+    # two windows are of two slides; of five, one at most is rare
+    assert sizes[True] >= {2}
+    assert sizes[False] >= {48}
+    assert not sizes[False] & {2, 5}
+    assert celltyper_command("report", out, "-q").code == 0
+    reached = {row["fraction"]: float(row["reached"]) for row in figures(out)}
+    assert reached == pytest.approx({f: size / 48 for f, size in asked.items()}, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("head", "options"),
+    [
+        ("logistic", "{}"),
+        ("mlp", "{hidden: 8}"),
+        ("knn", "{}"),
+        ("knn", "{k: 15}"),
+        ("prototype", "{}"),
+        ("linear", "{}"),
+        ("attention", "{width: 8}"),
+    ],
+)
+def test_every_head_trains_on_two_windows(
+    head: str, options: str, train: Run, tmp_path: Path
+) -> None:
+    overrides = [f"head.name={head}", f"head.options={options}", "loss.targets=votes"]
+    if head in ("linear", "attention"):
+        overrides += ["encoder.adapt=lora", "train.steps=2", "train.batch_size=4"]
+    if head == "attention":
+        overrides += ["view.pool=card"]
+    assert train({"hold_out": 0.2, "fractions": [0.001]}, *overrides) == (0, "", "")
+    run = tmp_path / "out" / "held-out"
+    assert len(split_of(run)["train"]) == 2
+    assert len(scores(run)["names"]) == 12
+    found = scores(run)["probabilities"]
+    assert np.isfinite(found).all()
+    assert np.ptp(found[:, 0]) > 0
 
 
 def test_every_domain_trains_a_model_that_the_others_test(
@@ -420,7 +491,7 @@ def test_damaged_scores_are_named(train: Run, tmp_path: Path, celltyper_command:
             "training windows is of class rare; take more slides: a larger fraction, fewer f",
         ),
         (
-            {"hold_out": 0.3, "fractions": [0.1]},
+            {"hold_out": 0.3, "fractions": [0.1], "fraction_of": "groups"},
             [0, 1],
             (),
             "training windows is of class rare; take more slides: a larger fraction, fewer f",
@@ -431,10 +502,47 @@ def test_damaged_scores_are_named(train: Run, tmp_path: Path, celltyper_command:
             ("data.val_fraction=0.3",),
             "windows is of class rare; ",
         ),
+        (
+            {"folds": 2, "variants": {"a": {}, "b": {"data.positive": "common"}}},
+            [0, 1],
+            (),
+            "variant 'b' sets data.positive: variants are compared on the same images, classes",
+        ),
+        (
+            {"folds": 2, "variants": {"a": {}, "b": {"head.options": {"strenghts": [1]}}}},
+            [0, 1],
+            (),
+            "unknown option of 'logistic' 'strenghts'; did you mean 'strengths'?",
+        ),
+        (
+            {
+                "folds": 2,
+                "variants": {
+                    "a": {},
+                    "b": {
+                        "head": {"name": "linear"},
+                        "encoder.adapt": "last-n",
+                        "encoder.last_n": 99,
+                    },
+                },
+            },
+            [0, 1],
+            (),
+            "last_n is 99, but the encoder has 4 blocks: use 1 to 4",
+        ),
+        (
+            {"folds": 2, "variants": {"a": {}, "b": {"data.mpp": 0.5}}},
+            [0, 1],
+            (),
+            "its files state no micrometres per pixel, so no window at 0.5 can be cut; set data.m",
+        ),
         ({"train_on": "scanner"}, [0, 1], (), "samples state no 'scanner' to leave out"),
         ({"train_on": "domain", "domains": ["liver"]}, [0], (), "no domain 'liver' to train on"),
     ],
-    ids=["groups", "test", "training", "fraction", "validation", "axis", "domain"],
+    ids=[
+        *("groups", "test", "training", "fraction", "validation"),
+        *("positive", "options", "adapted", "mpp", "axis", "domain"),
+    ],
 )
 def test_runs_that_cannot_be_made_are_refused_before_the_first(
     protocol: dict[str, Any],
@@ -454,11 +562,80 @@ def test_runs_that_cannot_be_made_are_refused_before_the_first(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_cannot_be_fitted_is_named(train: Run, tmp_path: Path) -> None:
+def test_a_fold_with_one_slide_of_a_class_takes_the_default(train: Run, tmp_path: Path) -> None:
     root = write_patches(tmp_path / "data", 6, rare=lambda slide: slide in (0, 1))
-    code, _, err = train({"folds": 2}, root=root)
-    assert code == 2
-    assert err.startswith("celltyper: fold-1: training part: class 1 occurs in 1 of 3 slides or")
-    assert (
-        train({"folds": 2}, "head.options={strength: 1}", root=root, flags="--overwrite").code == 0
-    )
+    assert train({"folds": 2}, root=root).code == 0
+    for fold in (1, 2):
+        facts = json.loads((tmp_path / "out" / f"fold-{fold}" / "run.json").read_text())
+        assert facts["probe"]["chosen_by"].startswith("default: too few slides or patients")
+        assert facts["probe"]["strength"] == 1
+
+
+# ---------------------------------------------------------------- several processes
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+
+import torch
+
+import celltyper.protocols.patches as protocols
+from celltyper.__main__ import main
+
+torch.set_num_threads(1)
+meet, own = Path(sys.argv[1]), str(os.getpid())
+run = protocols._run
+
+
+def wait_for_both(where):
+    (meet / where / own).touch()
+    while len(list((meet / where).iterdir())) < 2:
+        time.sleep(0.005)
+
+
+def noted(planned, *rest, **more):
+    if not (meet / "runs" / own).exists():
+        # each holds a run now, so that neither can do all of them
+        wait_for_both("runs")
+    run(planned, *rest, **more)
+    with (meet / "done").open("a") as file:
+        file.write(f"{own} {planned.path}\\n")
+
+
+protocols._run = noted
+wait_for_both("starts")
+main(sys.argv[2:])
+"""
+
+
+def test_two_processes_share_the_runs_and_the_result_is_that_of_one(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rules = tmp_path / "out", {"folds": 3, "fractions": [0.5, 1], "seeds": [0, 1]}
+    assert train(rules, flags="--resume").code == 0
+    alone = contents(out)
+    planned = [entry["path"] for entry in json.loads(alone["protocol.json"])["runs"]]
+    assert len(planned) == 12
+    out.rename(tmp_path / "alone")
+    for place in ("starts", "runs"):
+        (tmp_path / "meet" / place).mkdir(parents=True)
+    monkeypatch.setenv("CELLTYPER_CACHE", str(tmp_path / "other-cache"))
+    words = ["train", tmp_path / "recipe.yaml", "-o", out, "--device", "cpu", "-q", "--resume"]
+    words += ["--protocol", tmp_path / "protocol.yaml"]
+    command = [sys.executable, "-W", "error", "-c", WORKER, tmp_path / "meet", *words]
+    workers = [subprocess.Popen(map(str, command), stderr=subprocess.PIPE) for _ in range(2)]
+    for worker in workers:
+        _, err = worker.communicate(timeout=120)
+        assert (worker.returncode, err) == (0, b"")
+    done = [line.split() for line in (tmp_path / "meet" / "done").read_text().splitlines()]
+    assert sorted(path for _, path in done) == sorted(planned)
+    assert {int(pid) for pid, _ in done} == {worker.pid for worker in workers}
+    assert contents(out) == alone
+
+
+def test_a_folder_that_another_process_is_just_starting_is_no_other_folder(
+    train: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".0123456789ab.tmp.protocol.json").touch()
+    assert train({"folds": 2}, flags="--resume").code == 0

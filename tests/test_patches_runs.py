@@ -426,6 +426,15 @@ def test_other_heads_are_those_of_their_package(
         ),
         ("encoder.mpp=0.5", ["encoder.mpp has no effect on patches: set data.size and view.input"]),
         ("encoder.cache=1", ["encoder.cache has no effect on patches: embeddings are always"]),
+        (
+            "head.options.strenght=1",
+            ["unknown option of 'logistic' 'strenght'; did you mean 'strength'?"],
+        ),
+        (
+            "head.options.strength=-1",
+            ["probe 'logistic' does not take {'strength': -1}: strengths must be above 0"],
+        ),
+        ("head.options.score=auroc", ["unknown score 'auroc'"]),
         ("view.input=60", ["view.input 60 is no whole number of patches of 14 px; take 56"]),
         (
             "head.name=forest",
@@ -441,6 +450,37 @@ def test_wrong_configs_are_refused_before_anything_is_written(
         train(override)
     assert all(words in str(caught.value) for words in said)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ("head={name: linear, options: {width: 3}}",),
+            "head 'linear' does not take head.options {'width': 3}",
+        ),
+        (
+            ("head={name: attention, options: {width: -3}}", "view.pool=card"),
+            "head 'attention' does not take head.options {'width': -3}",
+        ),
+        (
+            ("head.name=linear", "encoder={adapt: lora, lora: {targets: [nope]}, weights: twin}"),
+            "lora targets ['nope'] are no linear layers of the encoder",
+        ),
+        (
+            ("head.name=linear", "encoder={adapt: last-n, last_n: 99, weights: twin}"),
+            "last_n is 99, but the encoder has 4 blocks: use 1 to 4",
+        ),
+    ],
+    ids=["linear", "attention", "lora", "last-n"],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    overrides: tuple[str, ...], said: str, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(*overrides)
+    assert str(caught.value) == said
     assert not (tmp_path / "run").exists()
 
 
@@ -481,10 +521,32 @@ def test_one_slide_with_all_windows_of_a_class_cannot_be_on_both_sides(
     assert not (tmp_path / "run").exists()
 
 
-def test_one_slide_with_all_windows_of_a_class_cannot_choose_a_strength(
-    train: Callable[..., Path], tmp_path: Path
+def test_one_slide_with_all_windows_of_a_class_takes_the_default_and_says_so(
+    train: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = write_ami_br(tmp_path / "data", slides=6, bars=lambda slide, i: slide == 2 and i < 3)
-    with pytest.raises(DataError, match="class 0 occurs in 1 of 6 slides or patients, too few"):
-        train(root=root)
-    train("head.options.strength=1", root=root, overwrite=True)
+    facts = facts_of(train(root=root))["probe"]
+    said = "default: too few slides or patients for inner cross-validation"
+    assert (facts["strength"], facts["chosen_by"]) == (10, said)
+    assert f"head logistic: setting by {said}" in caplog.text
+    caplog.clear()
+    facts = facts_of(train("head.options.strength=1", root=root, overwrite=True))["probe"]
+    assert (facts["strength"], facts["chosen_by"]) == (1, "given")
+    facts = facts_of(train(overwrite=True))["probe"]
+    assert facts["chosen_by"] == "inner cross-validation"
+    assert "setting by" not in caplog.text
+
+
+def test_votes_that_leave_no_window_to_a_class_are_refused(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = write_ami_br(tmp_path / "data", slides=6)
+    text = (root / "made.csv").read_text()
+    # the label of every bar is Atypical, but no expert says so
+    (root / "made.csv").write_text(text.replace("True", "False"))
+    said = "experts' votes leave none of the 36 training windows to class Atypical; take more sl"
+    for override in ("loss.targets=votes", "loss.agreement=true"):
+        with pytest.raises(DataError, match=said):
+            train(override, root=root)
+        assert not (tmp_path / "run").exists()
+    assert train(root=root).is_dir()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
+from scipy.optimize import brentq, minimize
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from celltyper.checkpoints import read_tensors, write_tensors
 from celltyper.errors import CheckpointError, ConfigError, DataError
-from celltyper.probes.cases import check_cases, choose, standard_of
+from celltyper.probes import logistic
+from celltyper.probes.cases import DEFAULT, check_cases, choose, standard_of
 from celltyper.probes.folds import grouped_folds
-from celltyper.probes.logistic import choose_strength
+from celltyper.probes.logistic import STRENGTHS, choose_strength
 from celltyper.probes.neighbours import NEIGHBOURS
-from celltyper.probes.probe import PROBES, fit_probe, load_probe
+from celltyper.probes.probe import PROBES, check_options, fit_probe, load_probe
 
 Float = NDArray[np.float64]
 
@@ -166,6 +167,7 @@ def test_choice_of_strength_is_that_of_a_loop_over_folds(k: int, d: int) -> None
     x[far] += 2 * (x[far] - x.mean(0))
     cases = check_cases(x, one_hot(labels), groups, None, "balanced")
     fold = cases.inner_folds(3, 0)
+    assert fold is not None
     strengths = [0.003, 3.0, 0.1]
     accuracy, loss = [], []
     for strength in sorted(strengths, reverse=True):
@@ -188,6 +190,21 @@ def test_choice_of_strength_is_that_of_a_loop_over_folds(k: int, d: int) -> None
     assert found.value == sorted(strengths, reverse=True)[int(np.argmax(accuracy))]
     found = choose_strength(cases, strengths, "log_loss", fold)
     np.testing.assert_allclose(found.scores, loss, atol=1e-3)
+
+
+def test_few_cases_of_many_features_are_no_hard_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Every inner training part standardises by itself and spans a subspace of its own. Guided by
+    # one bound of the curvature for all parts, these took some 1500 steps.
+    rng = np.random.default_rng(0)
+    labels = (np.arange(24) % 4 == 0).astype(int)
+    x = rng.normal(size=(24, 300)) @ rng.normal(size=(300, 300)) + labels[:, None]
+    targets = np.where(one_hot(labels) > 0, 2 / 3, 1 / 3)
+    cases = check_cases(x, targets, [f"{i}" for i in range(24)], None, "balanced")
+    fold = cases.inner_folds(5, 0)
+    assert fold is not None
+    monkeypatch.setattr(logistic, "_ITERATIONS", 300)
+    found = choose_strength(cases, STRENGTHS, "log_loss", fold)
+    assert np.isfinite(found.scores).all()
 
 
 def test_of_equal_scores_the_strongest_wins() -> None:
@@ -460,8 +477,73 @@ def test_inner_folds_are_as_many_as_the_groups_allow(name: str) -> None:
     three = [f"{i % 3}" for i in range(90)]
     facts = fit_probe(name, x, one_hot(labels), three, **FAST.get(name, {})).facts()
     assert facts["inner_folds"] == 3
-    with pytest.raises(DataError, match="occurs in 1 of 1 slides or patients, too few"):
-        fit_probe(name, x, one_hot(labels), ["a"] * 90, **FAST.get(name, {}))
+    assert facts["chosen_by"] == "inner cross-validation"
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "logistic": {"strength": 10.0},
+    "knn": {"k": 90},
+    "prototype": {"shrinkage": 0.9},
+}
+"""What is taken for 90 cases where nothing can be chosen."""
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_of_one_slide_the_setting_is_a_stated_default(name: str) -> None:
+    x, labels, _ = table(90)
+    probe = fit_probe(name, x, one_hot(labels), ["a"] * 90)
+    facts = probe.facts()
+    assert facts["chosen_by"] == ("default: too few slides or patients for inner cross-validation")
+    assert "inner_folds" not in facts
+    if name == "mlp":
+        assert (facts["epochs"], facts["best_epoch"]) == (10, 10)
+        return
+    assert facts[next(iter(SETTINGS[name]))] == next(iter(SETTINGS[name].values()))
+    given = fit_probe(name, x, one_hot(labels), ["a"] * 90, **SETTINGS[name])
+    assert given.facts()["chosen_by"] == "given"
+    np.testing.assert_array_equal(probe.probabilities(x), given.probabilities(x))
+
+
+def test_the_default_is_one_of_the_candidates() -> None:
+    x, labels, _ = table(20)
+    one = {"targets": one_hot(labels), "groups": ["a"] * 20}
+    found = fit_probe("logistic", x, strengths=[0.01, 0.3, 0.1], **one).facts()
+    assert (found["chosen_by"], found["strength"]) == (DEFAULT, 0.3)
+    found = fit_probe("knn", x, ks=[3, 15, 5], **one).facts()
+    assert (found["chosen_by"], found["k"]) == (DEFAULT, 15)
+    found = fit_probe("prototype", x, shrinkages=[0.1, 1.0, 0.7], **one).facts()
+    assert (found["chosen_by"], found["shrinkage"]) == (DEFAULT, 1.0)
+    found = fit_probe("mlp", x, epochs=4, **one).facts()
+    assert (found["chosen_by"], found["epochs"]) == (DEFAULT, 4)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_two_cases_are_enough(name: str) -> None:
+    # Standardised, they are +1 and -1 in every feature; another case halfway has no class.
+    x = np.random.default_rng(0).normal(size=(2, 50))
+    probe = fit_probe(name, x, np.eye(2), ["a", "b"])
+    assert (probe.facts()["cases"], probe.facts()["chosen_by"]) == (2, DEFAULT)
+    found = probe.probabilities([x[0], x[1], x.mean(0)])
+    assert found[0, 0] > 0.5
+    assert found[1, 1] > 0.5
+    if name == "logistic":
+        # along the line between them: log(1 + exp(-u)) + strength * u**2 / (4 * 50) is least
+        u = brentq(lambda u: 10 * u / 100 - 1 / (1 + np.exp(u)), 0, 10)
+        np.testing.assert_allclose(found[0, 0], 1 / (1 + np.exp(-u)), atol=1e-6)
+    elif name == "knn":
+        assert probe.facts()["k"] == 2
+    elif name == "prototype":
+        # a variance of 50, as they scatter in total, and means at a squared distance of 4 * 50
+        np.testing.assert_allclose(found[0, 0], 1 / (1 + np.exp(-2)))
+    if name != "mlp":
+        np.testing.assert_allclose(found[0], found[1, ::-1], atol=1e-6)
+        np.testing.assert_allclose(found[2], 0.5, atol=1e-6)
+
+
+def test_given_training_of_two_cases_the_network_sees_both() -> None:
+    x = np.random.default_rng(0).normal(size=(2, 50))
+    found = fit_probe("mlp", x, np.eye(2), ["a", "b"], learning_rate=0.01).probabilities(x)
+    assert found[[0, 1], [0, 1]].min() > 0.95
 
 
 def test_every_inner_training_part_has_every_class() -> None:
@@ -473,20 +555,42 @@ def test_every_inner_training_part_has_every_class() -> None:
     cases = check_cases(np.zeros((100, 1)), one_hot(labels), groups, None, "balanced")
     for seed in range(5):
         fold = cases.inner_folds(5, seed)
+        assert fold is not None
         assert set(fold) == {0, 1}
         assert set(fold[labels == 1]) == {0, 1}
     labels[55] = 0
     cases = check_cases(np.zeros((100, 1)), one_hot(labels), groups, None, "balanced")
-    with pytest.raises(DataError, match="class 1 occurs in 1 of 10 slides"):
-        cases.inner_folds(5, 0)
+    assert cases.inner_folds(5, 0) is None
+    with pytest.raises(ValueError, match="folds must be at least 2, got 1"):
+        cases.inner_folds(1, 0)
+
+
+def test_votes_do_not_make_a_case_one_of_a_class() -> None:
+    # All cases have votes for both classes; those of the second class are of one slide, then two.
+    second = np.zeros(12, bool)
+    second[:3] = True
+    groups = [f"{i // 3}" for i in range(12)]
+    targets = np.where(np.c_[~second, second], 2 / 3, 1 / 3)
+    assert check_cases(np.zeros((12, 1)), targets, groups, None, "none").inner_folds(5, 0) is None
+    targets[3] = [1 / 3, 2 / 3]
+    fold = check_cases(np.zeros((12, 1)), targets, groups, None, "none").inner_folds(5, 0)
+    assert fold is not None
+    assert set(fold) == {0, 1}
+    assert fold[0] != fold[3]
+    # a class that is no case's own still needs votes on both sides
+    three = np.c_[targets * 0.9, np.full(12, 0.1)]
+    cases = check_cases(np.zeros((12, 1)), three, groups, None, "none")
+    assert cases.inner_folds(5, 0) is not None
+    three[1:] = np.c_[targets[1:], np.zeros(11)]
+    cases = check_cases(np.zeros((12, 1)), three, groups, None, "none")
+    assert cases.inner_folds(5, 0) is None
 
 
 def test_no_two_folds_where_every_class_shares_its_slides() -> None:
     # Each of three classes is in two of three slides: any two folds hold one class on one side.
     targets = np.eye(3)[[0, 2, 0, 1, 1, 2]]
     cases = check_cases(np.zeros((6, 1)), targets, list("aabbcc"), None, "balanced")
-    with pytest.raises(DataError, match="too few to choose a setting"):
-        cases.inner_folds(5, 0)
+    assert cases.inner_folds(5, 0) is None
 
 
 def broken(what: str) -> dict[str, Any]:
@@ -557,10 +661,58 @@ def test_settings_out_of_range_are_refused(name: str, options: dict[str, Any]) -
         fit_probe(name, x, one_hot(labels), groups, **options)
 
 
-def test_more_neighbours_than_cases_are_refused() -> None:
+def test_more_neighbours_than_cases_are_all_cases() -> None:
     x, labels, groups = table(20)
-    with pytest.raises(DataError, match="21 neighbours asked for among 20 cases"):
-        fit_probe("knn", x, one_hot(labels), groups, k=21)
+    more, all_of_them = (fit_probe("knn", x, one_hot(labels), groups, k=k) for k in (21, 20))
+    assert (more.facts()["k"], more.facts()["chosen_by"]) == (20, "given: 21, of all cases")
+    assert all_of_them.facts()["chosen_by"] == "given"
+    np.testing.assert_array_equal(more.probabilities(x), all_of_them.probabilities(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("logistic", {"strenght": 1}, "unknown option of 'logistic' 'strenght'; did you mean 'str"),
+        ("logistic", {"seed": 1}, "unknown option of 'logistic' 'seed'"),
+        ("logistic", {"class_weights": "none"}, "unknown option of 'logistic' 'class_weights'"),
+        (
+            "logistic",
+            {"strength": -1},
+            "probe 'logistic' does not take {'strength': -1}: strengths",
+        ),
+        ("logistic", {"strength": "high"}, "probe 'logistic' does not take {'strength': 'high'}: "),
+        (
+            "logistic",
+            {"strengths": []},
+            "probe 'logistic' does not take {'strengths': []}: strengths",
+        ),
+        ("logistic", {"score": "auroc"}, "unknown score 'auroc'"),
+        ("logistic", {"folds": 1}, "probe 'logistic' does not take {'folds': 1}: folds must be"),
+        ("knn", {"metric": "manhattan"}, "unknown metric of neighbours"),
+        ("mlp", {"dropout": 2.0}, "probe 'mlp' does not take {'dropout': 2.0}: dropout prob"),
+        ("mlp", {"hidden": -1}, "probe 'mlp' does not take {'hidden': -1}: "),
+        ("forest", {}, "unknown probe 'forest'"),
+    ],
+)
+def test_options_are_checked_without_data(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_options(name, options)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("logistic", {"strength": 1e-6}),
+        ("logistic", {"strengths": [1, 0.1], "score": "log_loss", "folds": 10}),
+        ("mlp", {"epochs": 3, "hidden": 8}),
+        ("knn", {"k": 501, "metric": "cosine"}),
+        ("prototype", {"shrinkages": [1]}),
+    ],
+)
+def test_options_that_fit_pass(name: str, options: dict[str, Any]) -> None:
+    check_options(name, options)
 
 
 def test_embeddings_of_another_encoder_are_refused() -> None:

@@ -22,9 +22,10 @@ from celltyper.datasets import Dataset, write_folder
 from celltyper.errors import ConfigError, DataError
 from celltyper.evaluation import ImageScores, score_image, summarise
 from celltyper.features import FeatureCache
+from celltyper.patches.config import PatchData
 from celltyper.protocols import load_protocol, protocol_table, report_protocol, run_protocol
 from celltyper.protocols.plan import PlannedRun, plan_runs
-from celltyper.protocols.protocol import Protocol, protocol_files, variant_configs
+from celltyper.protocols.protocol import FIXED, Protocol, protocol_files, variant_configs
 from celltyper.protocols.scores import SCORES_FILE, read_scores, write_scores
 from celltyper.protocols.writing import FILES, table_text
 from celltyper.readers import open_dataset
@@ -65,6 +66,14 @@ def protocol(**values: Any) -> Protocol:
         ("{folds: 2, seeds: [0, 0]}", "seeds lists a value twice"),
         ("{folds: 2, variants: {a: {seed: 1}}}", "variant 'a' sets seed: variants are compared"),
         ("{folds: 2, variants: {a: {data.root: x}}}", "variant 'a' sets data.root"),
+        ("{folds: 2, variants: {a: {data.positive: x}}}", "variant 'a' sets data.positive: var"),
+        ("{folds: 2, variants: {a: {data.classes: [x]}}}", "variant 'a' sets data.classes: var"),
+        ("{folds: 2, variants: {a: {data.images: x}}}", "variant 'a' sets data.images: variants"),
+        ("{folds: 2, variants: {a: {data.skip_bad: true}}}", "variant 'a' sets data.skip_bad: va"),
+        ("{folds: 2, variants: {a: {data: {positive: x}}}}", "variant 'a' sets data: variants"),
+        ("{folds: 2, variants: {a: {' seed': 1}}}", "variant 'a' sets  seed: variants"),
+        ("{folds: 2, fraction_of: windows}", "fraction_of has no effect without fractions below"),
+        ("{folds: 2, fractions: [0.1], fraction_of: slides}", "fraction_of: "),
         ("{folds: 2, variants: {a/b: {}}}", "variants.a/b"),
         ("- 1", "must hold keys such as 'folds:'"),
         ("{", "cannot be read as YAML"),
@@ -112,6 +121,12 @@ def test_variants_are_values_in_place_of_the_configs() -> None:
     wrong = protocol(folds=2, variants={"x": {"decoder.nam": "unetr"}})
     with pytest.raises(ConfigError, match=r"variant 'x': decoder.nam: unknown key 'nam'"):
         variant_configs(wrong, Config())
+
+
+def test_every_key_of_the_data_is_fixed_or_may_differ_between_variants() -> None:
+    may_differ = {"mpp", "size", "tile", "balance", "workers"}
+    keys = Data.model_fields.keys() | PatchData.model_fields.keys()
+    assert keys - may_differ == set(FIXED)
 
 
 # ---------------------------------------------------------------- who is on which side
@@ -250,6 +265,89 @@ def test_two_runs_never_share_a_folder() -> None:
     centre = {n: {"a": "A/1", "b": "A 1", "c": "C"}[n[0]] for n in data.names}
     with pytest.raises(DataError, match="two runs would be in the folder centre-A-1; rename"):
         plan(protocol(leave_out="centre"), replace(data, domains={"centre": centre}))
+
+
+# ---------------------------------------------------------------- fractions of windows
+
+
+def windows(a: int, b: int, slides: int = 6) -> tuple[Dataset, dict[str, np.ndarray]]:
+    """Windows of two classes on slides in turn, half of them in a split for tests."""
+    names = tuple(f"{label}{i}" for label, n in (("a", a), ("b", b)) for i in range(2 * n))
+    groups = {n: f"s{int(n[1:]) % slides + slides * (int(n[1:]) % 2)}" for n in names}
+    sides = {"train": 0, "test": 1}
+    splits = {s: tuple(n for n in names if int(n[1:]) % 2 == odd) for s, odd in sides.items()}
+    counts = {n: np.array([n[0] == "a", n[0] == "b"], np.int64) for n in names}
+    unread = made({"one": 1}).read
+    return Dataset("t", Path("t"), CLASSES, None, names, groups, unread, splits), counts
+
+
+def plan_windows(
+    rules: Protocol, a: int, b: int, seeds: tuple[int, ...] = (0,)
+) -> tuple[Dataset, dict[tuple[float, int], PlannedRun]]:
+    data, counts = windows(a, b)
+    runs = plan_runs(rules, PatchData(root=Path("t")), data, counts, seeds, [""])
+    return data, {(run.fraction, run.seed): run for run in runs}
+
+
+def test_fractions_of_windows_are_nested_and_hold_every_class_in_proportion() -> None:
+    a, b = 33, 10
+    fractions = [0.001, *(m / 43 for m in range(3, 43)), 1]
+    _, runs = plan_windows(protocol(test="test", fractions=fractions), a, b, seeds=(0, 1))
+    seats = {"a": 1, "b": 1}
+    for m in range(2, 44):
+        for seed in (0, 1):
+            run = runs[fractions[m - 2], seed]
+            assert len(set(run.train)) == len(run.train) == m
+            assert all(int(name[1:]) % 2 == 0 for name in run.train)
+            assert run.reached == pytest.approx(m / 43)
+            assert {c: sum(n[0] == c for n in run.train) for c in "ab"} == seats
+            if m > 2:
+                assert set(runs[fractions[m - 3], seed].train) < set(run.train)
+        # one more seat goes to the largest quotient of Webster's method; 33 and 10 never tie
+        seats["a" if a / (2 * seats["a"] + 1) > b / (2 * seats["b"] + 1) else "b"] += 1
+    assert set(runs[1, 0].train) == set(runs[1, 1].train)
+    assert set(runs[fractions[5], 0].train) != set(runs[fractions[5], 1].train)
+
+
+def test_which_windows_are_taken_is_random_and_not_by_slide() -> None:
+    data, runs = plan_windows(
+        protocol(test="test", fractions=[0.3, 1]), 18, 6, seeds=tuple(range(300))
+    )
+    times = dict.fromkeys(data.splits["train"], 0)
+    for seed in range(300):
+        small = runs[0.3, seed].train
+        assert len({data.groups[name] for name in small}) > 1
+        # in the order of the data
+        assert [*small] == [name for name in data.names if name in set(small)]
+        for name in small:
+            times[name] += 1
+    # 5 of 18 and 2 of 6: four standard deviations of a binomial count are 31 and 33
+    assert all(abs(times[n] - 300 * 5 / 18) < 31 for n in times if n[0] == "a")
+    assert all(abs(times[n] - 300 * 2 / 6) < 33 for n in times if n[0] == "b")
+
+
+def test_patches_are_taken_in_whole_slides_if_asked_and_cells_always() -> None:
+    rules = protocol(test="test", fractions=[0.3, 1], fraction_of="groups")
+    data, runs = plan_windows(rules, 18, 6)
+    small = runs[0.3, 0].train
+    whole = {data.groups[name] for name in small}
+    assert {n for n in data.splits["train"] if data.groups[n] in whole} == set(small)
+    assert len(whole) < len({data.groups[name] for name in data.splits["train"]})
+    images = made({"train": 8, "test": 2})
+    for of in ({}, {"fraction_of": "groups"}):
+        run, _ = plan(protocol(test="test", fractions=[0.5, 1], **of), images, val_fraction=0)
+        groups = {images.groups[name] for name in run.train}
+        assert {n for n in images.splits["train"] if images.groups[n] in groups} == {*run.train}
+    with pytest.raises(ConfigError, match="fraction_of: windows is for patches; of images of"):
+        plan(protocol(test="test", fractions=[0.5], fraction_of="windows"), images)
+
+
+def test_there_must_be_a_window_to_take() -> None:
+    data, counts = windows(4, 4)
+    only = replace(data, splits={"test": data.names})
+    rules = protocol(test="test", fractions=[0.5])
+    with pytest.raises(DataError, match="there are no training windows to take a fraction of"):
+        plan_runs(rules, PatchData(root=Path("t")), only, counts, (0,), [""])
 
 
 def test_too_few_groups_name_the_part() -> None:

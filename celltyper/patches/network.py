@@ -197,7 +197,7 @@ def build_network(
                 if config.head.name == "attention"
                 else LinearHead(features, classes, **config.head.options)
             )
-        except TypeError as error:
+        except (TypeError, RuntimeError) as error:
             raise ConfigError(
                 f"head {config.head.name!r} does not take head.options {config.head.options}"
             ) from error

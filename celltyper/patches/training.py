@@ -40,8 +40,9 @@ from celltyper.patches.preparing import (
     size_of,
 )
 from celltyper.patches.table import PatchTable
+from celltyper.patches.windows import read_header
 from celltyper.predict import pick_device
-from celltyper.probes import Probe, fit_probe
+from celltyper.probes import DEFAULT, PROBES, Probe, check_options, fit_probe
 from celltyper.runs import LAST_FILE, RUN_FILE, check_output, resolve_encoder, start_folder
 
 logger = logging.getLogger("celltyper")
@@ -113,16 +114,18 @@ def train_patches(
     table = open_labelled(config.data, progress=progress)
     config = resolve_patches(config, table)
     parts = divide_rows(config.data, table, config.seed)
+    check_targets(config.loss, table, parts.train)
     check_output(output, config, resume=resume, overwrite=overwrite)
     if resume and (output / RUN_FILE).is_file():
         logger.info("%s is finished: nothing to resume", output)
         return output
     embedder = build_embedder(config, place)
+    check_network(config, table, embedder)
     start_folder(output, config, keep=resume)
     started = time.monotonic()
     data = embed_data(config, table, embedder, progress=progress)
     embedded = round(time.monotonic() - started, 1)
-    fit_run(
+    model = fit_run(
         config,
         data,
         parts,
@@ -133,12 +136,29 @@ def train_patches(
         progress=progress,
         facts={"device": place.type, "seconds": {"embed": embedded}},
     )
+    if isinstance(model.predictor, EmbeddingProbe):
+        how = model.predictor.probe.facts()["chosen_by"]
+        if how == DEFAULT:
+            logger.warning("head %s: setting by %s", config.head.name, how)
     return output
 
 
 def resolve_patches(config: PatchConfig, table: PatchTable) -> PatchConfig:
-    """Write into a config what was decided: absolute paths, window, classes and weights."""
+    """Write into a config what was decided: absolute paths, window, classes and weights.
+
+    Raises
+    ------
+    ConfigError, DataError, CheckpointError
+        If something cannot be decided, or the head does not take an option.
+    """
     data = config.data
+    if config.head.name in PROBES:
+        check_options(config.head.name, config.head.options)
+    if data.mpp and table.mpp is None and read_header(table.files[0]).mpp is None:
+        raise DataError(
+            f"{table.path}: its files state no micrometres per pixel, so no window at "
+            f"{data.mpp:g} can be cut; set data.mpp in the config, not in a variant alone"
+        )
     files = {
         key: value.absolute()
         for key in ("root", "images", "split")
@@ -156,6 +176,44 @@ def resolve_patches(config: PatchConfig, table: PatchTable) -> PatchConfig:
             "encoder": resolve_encoder(config.encoder),
         }
     )
+
+
+def check_network(config: PatchConfig, table: PatchTable, embedder: Embedder) -> None:
+    """Adapt a copy of the encoder, so that what cannot be is refused before anything is written.
+
+    Raises
+    ------
+    ConfigError
+        See `celltyper.patches.network.build_network`.
+    """
+    if config.head.by_gradient:
+        build_network(config, embedder, len(table.classes), config.seed, shared=True)
+
+
+def check_targets(loss: PatchLoss, table: PatchTable, rows: Rows, where: object = None) -> None:
+    """Refuse training windows of which the experts' votes leave none to a class.
+
+    Parameters
+    ----------
+    loss : PatchLoss
+    table : PatchTable
+    rows : ndarray of int
+        Windows that train.
+    where : object
+        Names the division in the message; by default it is the table.
+
+    Raises
+    ------
+    DataError
+    """
+    mass = (targets_of(table, loss) * weights_of(table, loss)[:, None])[rows].sum(axis=0)
+    absent = [name for name, share in zip(table.classes, mass, strict=True) if not share > 0]
+    if absent:
+        raise DataError(
+            f"{where or table.path}: the experts' votes leave none of the {len(rows)} training "
+            f"windows to class {' or '.join(absent)}; take more slides, or set "
+            "loss.targets=label and loss.agreement=false"
+        )
 
 
 def embed_data(

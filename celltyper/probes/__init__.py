@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from celltyper.probes.probe import PROBES, Probe, fit_probe, load_probe
+from celltyper.probes.cases import DEFAULT
+from celltyper.probes.probe import PROBES, Probe, check_options, fit_probe, load_probe
 
-__all__ = ["PROBES", "Probe", "fit_probe", "load_probe"]
+__all__ = ["DEFAULT", "PROBES", "Probe", "check_options", "fit_probe", "load_probe"]

@@ -19,6 +19,11 @@ Float = NDArray[np.float64]
 ClassWeights = Literal["balanced", "sqrt", "none"]
 Score = Literal["balanced_accuracy", "log_loss"]
 
+GIVEN = "given"
+CHOSEN = "inner cross-validation"
+DEFAULT = "default: too few slides or patients for inner cross-validation"
+"""How a setting came about, fact ``chosen_by`` of a probe."""
+
 _TINY = 1e-12
 
 
@@ -89,37 +94,42 @@ class Cases:
         total: Float = found / found.sum()
         return total
 
-    def inner_folds(self, k: int, seed: int) -> NDArray[np.intp]:
+    def inner_folds(self, k: int, seed: int) -> NDArray[np.intp] | None:
         """Folds of whole groups to choose a setting by, as many of `k` as the groups allow.
+
+        The class of a case is that of its largest target: a share of the votes of a slide's cases
+        does not make them cases of that class.
 
         Parameters
         ----------
         k : int
-            Folds asked for.
+            Folds asked for, at least 2.
         seed : int
 
         Returns
         -------
-        ndarray of int, shape (n,)
-            Fold of every case. Outside every fold there is every class.
+        ndarray of int, shape (n,), or None
+            Fold of every case. Outside every fold there is every class. None if not even two
+            folds do that: then there is nothing to choose by, and every probe says what it takes.
 
         Raises
         ------
-        DataError
-            If not even two folds leave every class on both sides.
+        ValueError
+            If `k` is below 2.
         """
+        if k < 2:
+            raise ValueError(f"folds must be at least 2, got {k}")
         member = np.unique(np.asarray(self.groups), return_inverse=True)[1]
-        holders = (group_mass(self.targets, member) > 0).sum(0)
+        labels = np.eye(self.targets.shape[1])[self.targets.argmax(1)]
+        # a class that is no case's own may have votes
+        both = np.concatenate([labels[:, labels.any(0)], self.targets], axis=1)
+        holders = (group_mass(both, member) > 0).sum(0)
         for folds in range(min(k, int(holders.min())), 1, -1):
             fold = grouped_folds(self.targets, self.groups, folds, seed)
-            mass = group_mass(self.targets, fold)
+            mass = group_mass(both, fold)
             if (mass.sum(0) - mass > _TINY).all():
                 return fold
-        raise DataError(
-            f"training part: class {int(holders.argmin())} occurs in {int(holders.min())} of "
-            f"{int(member.max()) + 1} slides or patients, too few to choose a setting by inner "
-            "cross-validation; fix the setting, or take more slides"
-        )
+        return None
 
 
 def check_cases(

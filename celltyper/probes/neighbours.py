@@ -8,8 +8,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from celltyper.errors import DataError, unknown_name
+from celltyper.errors import unknown_name
 from celltyper.probes.cases import (
+    CHOSEN,
+    DEFAULT,
+    GIVEN,
     Array,
     Cases,
     Fitted,
@@ -48,10 +51,11 @@ def fit_neighbours(
     ----------
     cases : Cases
     k : int, optional
-        Taken as it is; nothing is chosen.
+        Taken as it is, but at most the number of cases; nothing is chosen.
     ks : sequence of int
         Candidates in any order; of equal scores, the largest wins. Those above the number of
-        cases in the smallest inner training part are left out.
+        cases in the smallest inner training part are left out. Where the cases are of too few
+        groups for an inner cross-validation, the largest is taken, but at most all cases.
     metric : {"euclidean", "cosine"}
         Distance of standardised embeddings: Euclidean, or 1 - cosine.
     score, folds, seed
@@ -64,21 +68,23 @@ def fit_neighbours(
 
     Raises
     ------
-    DataError
-        If `k` is above the number of cases, or there is no inner cross-validation.
     ConfigError
-        If the metric is unknown.
+        If the metric or the score is unknown.
     ValueError
-        If a number of neighbours is below 1.
+        If a number of neighbours is below 1, or there are fewer than two folds.
     """
     if metric not in get_args(Metric):
         raise unknown_name("metric of neighbours", metric, get_args(Metric))
     wrong = [n for n in (ks if k is None else [k]) if n < 1]
     if wrong:
         raise ValueError(f"numbers of neighbours must be at least 1, got {wrong[0]}")
-    facts: dict[str, object] = {}
-    if k is None:
-        fold = cases.inner_folds(folds, seed)
+    facts: dict[str, object]
+    if k is not None:
+        facts = {"chosen_by": GIVEN if k <= len(cases) else f"{GIVEN}: {k}, of all cases"}
+        k = min(k, len(cases))
+    elif (fold := cases.inner_folds(folds, seed)) is None:
+        k, facts = min(max(ks), len(cases)), {"chosen_by": DEFAULT}
+    else:
         parts = int(fold.max()) + 1
         fewest = min(int((fold != f).sum()) for f in range(parts))
         candidates = sorted((n for n in ks if n <= fewest), reverse=True) or [fewest]
@@ -89,13 +95,12 @@ def fit_neighbours(
         choice = choose(candidates, list(unseen), cases, score)
         k = int(choice.value)
         facts = {
+            "chosen_by": CHOSEN,
             "ks": candidates,
             "scores": choice.scores.tolist(),
             "score": score,
             "inner_folds": parts,
         }
-    elif k > len(cases):
-        raise DataError(f"training part: {k} neighbours asked for among {len(cases)} cases")
     arrays = _bank(cases, np.ones(len(cases), np.bool_), metric)
     return Fitted(arrays, {"k": k, "metric": metric, **facts})
 

@@ -7,7 +7,9 @@ go to a safetensors file; from both, `load_probe` makes the same probe again.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +18,14 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from celltyper.errors import CheckpointError, DataError, unknown_name
+from celltyper.errors import (
+    CelltyperError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TrainingError,
+    unknown_name,
+)
 from celltyper.probes.cases import (
     Array,
     ClassWeights,
@@ -139,8 +148,7 @@ def fit_probe(
     ConfigError
         If the name is unknown.
     DataError
-        If the cases do not fit each other, are not finite, lack a class, or are of too few groups
-        to choose a setting.
+        If the cases do not fit each other, are not finite, or lack a class.
     """
     if name not in PROBES:
         raise unknown_name("probe", name, PROBES)
@@ -158,6 +166,39 @@ def fit_probe(
     }
     arrays = {key: np.ascontiguousarray(array) for key, array in fitted.arrays.items()}
     return Probe(facts, arrays)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a kind of probe does not take, by fitting one to a few made cases.
+
+    Parameters
+    ----------
+    name : str
+        Kind of probe.
+    options : mapping of str to object
+        As `fit_probe` takes them.
+
+    Raises
+    ------
+    ConfigError
+        Naming the option, or saying what is wrong with a value.
+    """
+    if name not in PROBES:
+        raise unknown_name("probe", name, PROBES)
+    known = inspect.signature(PROBES[name].fit).parameters.keys() - {"cases", "seed"}
+    for key in options:
+        if key not in known:
+            raise unknown_name(f"option of {name!r}", key, known)
+    x = np.random.default_rng(0).normal(size=(16, 2))
+    try:
+        with suppress(TrainingError):  # which is of the cases
+            fit_probe(name, x, np.eye(2)[np.arange(16) % 2], list("aabbccddeeffgghh"), **options)
+    except CelltyperError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"probe {name!r} does not take {dict(options)}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def load_probe(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Probe:

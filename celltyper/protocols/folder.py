@@ -56,7 +56,8 @@ def check_folder(
     """Refuse a folder that holds something else than the protocol to be continued."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file; give a folder for the protocol")
-    if not output.is_dir() or not any(output.iterdir()):
+    # another process may be about to write the first file
+    if not output.is_dir() or all(path.match(".*.tmp.*") for path in output.iterdir()):
         return
     if not (output / PROTOCOL_FILE).is_file():
         raise ConfigError(f"{output} holds other files; give an empty or new folder")
@@ -119,7 +120,7 @@ def say_plan(runs: Sequence[PlannedRun], whole: Dataset) -> None:
         other = same.setdefault(key, run.fraction)
         if other != run.fraction:
             logger.warning(
-                "%s: fraction %g trains on the same images as %g, for whole groups hold %.1f %%",
+                "%s: fraction %g trains on the same images as %g, %.2g %% of all",
                 run.path,
                 run.fraction,
                 other,

@@ -31,6 +31,8 @@ from celltyper.patches.preparing import (
 from celltyper.patches.table import PatchTable
 from celltyper.patches.training import (
     Embedded,
+    check_network,
+    check_targets,
     embed_data,
     fit_run,
     resolve_patches,
@@ -119,6 +121,8 @@ def run_patch_protocol(
         parts |= {"test": run.test} if protocol.folds else {}
         rows = {part: rows_of(table, names) for part, names in parts.items()}
         check_classes(table, rows, f"{table.path}, {run.path}")
+        loss = variants[run.variant].loss
+        check_targets(loss, table, rows["training"], f"{table.path}, {run.path}")
     resolved = {name: resolve_patches(own, table) for name, own in variants.items()}
     about = {
         "task": "patches",
@@ -135,6 +139,7 @@ def run_patch_protocol(
     for own in resolved.values():
         if _view(own) not in embedders:
             embedders[_view(own)] = build_embedder(own, place)
+        check_network(own, table, embedders[_view(own)])
     start_protocol(output, about, overwrite=overwrite)
     say_plan(runs, whole)
     todo = [run for run in runs if not (output / run.path / SCORES_FILE).is_file()]

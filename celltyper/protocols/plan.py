@@ -8,17 +8,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from celltyper.config import Data
 from celltyper.datasets import Dataset, split_by_group
 from celltyper.datasets.dataset import listing
 from celltyper.datasets.splitting import (
     Counts,
+    Fraction,
     Names,
     group_folds,
     leave_out_domain,
     nested_fractions,
 )
-from celltyper.errors import DataError
+from celltyper.errors import ConfigError, DataError
 from celltyper.patches.config import PatchData
 from celltyper.protocols.protocol import Protocol
 
@@ -38,9 +41,9 @@ class PlannedRun:
     domain : str
         The domain that is left out, or that trains, "" otherwise.
     fraction : float
-        Share of the training nuclei that was asked for.
+        Share of the training nuclei or windows that was asked for.
     reached : float
-        Share that whole groups made of it.
+        Share that whole groups, or whole windows, made of it.
     seed : int
     train, val, test : tuple of str
         Names of the images; `val` may be empty.
@@ -84,7 +87,8 @@ def plan_runs(
     ----------
     protocol : Protocol
     data : Data or PatchData
-        Names of the splits to train and validate on, and the share to hold out.
+        Names of the splits to train and validate on, and the share to hold out. Of patches,
+        fractions are of windows unless the protocol says otherwise.
     whole : Dataset
         From `celltyper.parts.open_whole`.
     counts : mapping of str to ndarray
@@ -100,16 +104,26 @@ def plan_runs(
 
     Raises
     ------
+    ConfigError
+        If fractions are to be of windows and the data have none.
     DataError
         If the images cannot be divided so, or a group would be on two sides.
     """
+    patches = isinstance(data, PatchData)
+    if protocol.fraction_of == "windows" and not patches:
+        raise ConfigError(
+            "fraction_of: windows is for patches; of images of cells, whole groups are taken: "
+            "leave it out"
+        )
+    of_windows = patches and protocol.fraction_of != "groups"
+    take = nested_windows if of_windows else nested_fractions
     runs = []
     for seed in seeds:
         for part in _parts(protocol, data, whole, counts, seed):
             train, val = part.rest, part.val
             if val is None and data.val_fraction:
                 train, val = _hold_out(part, data.val_fraction, seed, counts)
-            fractions = nested_fractions(train, protocol.fractions, seed, counts)
+            fractions = take(train, protocol.fractions, seed, counts)
             for fraction, taken in fractions.items():
                 sides = taken.names, val or (), part.test
                 _check_sides(whole, part.name, sides)
@@ -190,6 +204,59 @@ def _parts(
         aside = {*test, *(val or ())}
         train = splits.get(data.train, tuple(n for n in whole.names if n not in aside))
         yield _Part(_slug(protocol.test), "", whole.subset(train), val, test)
+
+
+def nested_windows(
+    dataset: Dataset, fractions: Sequence[float], seed: int, counts: Counts
+) -> dict[float, Fraction]:
+    """Choose parts of the windows, each inside the next larger, every class in proportion.
+
+    The windows are put in one order, in which classes take turns as seats are given to parties by
+    the method of Webster and Sainte-Lague, after one window of each; which window of a class is
+    next is random. A fraction is the beginning of this order.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Windows of the training groups.
+    fractions : sequence of float
+        Shares of the windows, above 0 and at most 1.
+    seed : int
+        The order is a function of the dataset and the seed.
+    counts : mapping of str to ndarray
+        One in the class of every window, by its name.
+
+    Returns
+    -------
+    dict of float to Fraction
+        By the share asked for, rounded to whole windows; at least one of every class that the
+        dataset has, so that two small fractions of few windows may be the same.
+
+    Raises
+    ------
+    DataError
+        If there are no windows.
+    """
+    if not dataset.names:
+        raise DataError(f"{dataset.path}: there are no training windows to take a fraction of")
+    names = np.array(sorted(dataset.names))
+    names = np.random.default_rng(np.random.SeedSequence([seed, len(names)])).permutation(names)
+    labels = np.array([counts[name].argmax() for name in names])
+    turn = np.empty(len(names))
+    present = np.unique(labels)
+    for label in present:
+        own = np.flatnonzero(labels == label)
+        turn[own] = (np.arange(len(own)) + 0.5) / len(own)
+        turn[own[0]] = 0
+    order = names[turn.argsort(kind="stable")].tolist()
+    parts = {}
+    for fraction in fractions:
+        size = max(len(present), int(fraction * len(order) + 0.5))
+        taken = set(order[:size])
+        kept = tuple(name for name in dataset.names if name in taken)
+        groups = len({dataset.groups[name] for name in kept})
+        parts[fraction] = Fraction(kept, groups, size / len(order))
+    return parts
 
 
 def _hold_out(part: _Part, fraction: float, seed: int, counts: Counts) -> tuple[Dataset, Names]:

@@ -12,7 +12,10 @@ from pydantic import Field, ValidationError, model_validator
 from celltyper.config import Section, first_problem, one_line, parse_config, recipes
 from celltyper.errors import ConfigError, unknown_name
 
-FIXED = ("train", "val", "split", "val_fraction", "root", "reader", "taxonomy")
+FIXED = (
+    *("root", "reader", "images", "skip_bad", "taxonomy", "classes", "positive"),
+    *("train", "val", "split", "val_fraction"),
+)
 """Keys of ``data`` that decide which images and classes there are, the same for all variants."""
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -34,9 +37,11 @@ class Protocol(Section):
     ``hold_out`` (a share of the images, in whole groups), ``test`` (a split that the data, or
     ``data.split``, name) and ``splits`` (which splits train, validate and test, several times).
 
-    ``fractions`` are of the training images, nested. ``seeds`` decide weights, order and
-    augmentation, and which groups are in which fold, fraction and validation; by default it is
-    the seed of the config. ``variants`` are values of ``section.key`` in place of the config's.
+    ``fractions`` are of the training images, nested. They are made of whole ``groups`` or, in
+    patch mode, of single ``windows`` of the training groups, as ``fraction_of`` says; by default
+    of windows in patch mode. ``seeds`` decide weights, order and augmentation, and which groups
+    are in which fold, fraction and validation; by default it is the seed of the config.
+    ``variants`` are values of ``section.key`` in place of the config's.
     """
 
     folds: int | None = Field(None, ge=2)
@@ -47,6 +52,7 @@ class Protocol(Section):
     test: Text | None = None
     splits: tuple[dict[Literal["train", "val", "test"], Text], ...] = ()
     fractions: tuple[Share, ...] = Field((1.0,), min_length=1)
+    fraction_of: Literal["groups", "windows"] | None = None
     seeds: tuple[Seed, ...] = ()
     variants: dict[Name, dict[str, Any]] = Field(default_factory=dict)
 
@@ -62,14 +68,17 @@ class Protocol(Section):
             raise ValueError(
                 "domains has no effect without leave_out or train_on, whose domains it lists"
             )
+        if self.fraction_of is not None and self.fractions == (1.0,):
+            raise ValueError("fraction_of has no effect without fractions below 1")
         if any(not {"train", "test"} <= names.keys() for names in self.splits):
             raise ValueError("each of splits names train and test, and may name val")
         for key in ("fractions", "seeds", "domains", "splits"):
             values = getattr(self, key)
             if any(value in values[:i] for i, value in enumerate(values)):
                 raise ValueError(f"{key} lists a value twice: {', '.join(map(str, values))}")
+        same = {"seed", "task", "data", *(f"data.{key}" for key in FIXED)}
         for name, values in self.variants.items():
-            fixed = [k for k in values if k == "seed" or k in [f"data.{key}" for key in FIXED]]
+            fixed = [key for key in values if key.strip() in same]
             if fixed:
                 raise ValueError(
                     f"variant {name!r} sets {fixed[0]}: variants are compared on the same images, "
