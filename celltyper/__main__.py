@@ -80,11 +80,11 @@ def train(
     options["progress"] = not quiet
     try:
         if task_of(config) == "patches":
-            from celltyper.patches.config import PatchConfig
+            from celltyper.classification.config import PatchConfig
 
             own = load_config(config, overrides, PatchConfig)
             if protocol is None:
-                from celltyper.patches.training import train_patches
+                from celltyper.classification.training import train_patches
 
                 train_patches(own, output, **options)
             else:
@@ -139,7 +139,7 @@ def infer(inputs: tuple[Path, ...], model: Path, output: Path, quiet: bool, **op
 
     if task_of_run(model) == "patches":
         options = of_patches(options)
-        from celltyper.patches.typing import infer_patches, inferred_text
+        from celltyper.classification.inference import infer_patches, inferred_text
 
         done = infer_patches(inputs, model, output, progress=not quiet, **options)
         say(quiet, inferred_text(done))
@@ -202,8 +202,8 @@ def evaluate(
         from celltyper.checkpoints import task_of_run
 
         if task_of_run(run) == "patches":
-            from celltyper.patches.evaluating import evaluate_patches
-            from celltyper.patches.wording import evaluation_text
+            from celltyper.classification.evaluating import evaluate_patches
+            from celltyper.classification.wording import evaluation_text
 
             done = evaluate_patches(run, data, progress=not quiet, **of_patches(options))
             say(quiet, evaluation_text(done))

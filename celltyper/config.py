@@ -225,7 +225,7 @@ class Config(Section):
 
 
 TASKS = ("cells", "patches")
-"""What a config can be for; the sections of the second are in `celltyper.patches.config`."""
+"""What a config can be for; the sections of the second are in `celltyper.classification.config`."""
 
 
 def recipes() -> dict[str, Path]:

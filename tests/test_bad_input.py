@@ -441,7 +441,7 @@ def test_wrong_recipe(tmp_path: Path, celltyper_command: Run) -> None:
         (("--device", "gpu"), "device 'gpu' is not available here"),
         (("--precision", "fp8"), "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),
         (("--precison", "fp16"), "--precison"),
-        (("-m", "nowhere"), "no model at nowhere: give a run folder"),
+        (("-m", "nowhere"), "no model at nowhere: give a folder"),
         (("--weights",), "requires an argument"),
     ],
 )

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from celltyper.classification.config import PatchConfig
 from celltyper.config import Config, dump_config, load_config, parse_config, recipes, task_of
 from celltyper.errors import ConfigError
-from celltyper.patches.config import PatchConfig
 
 
 def test_defaults_survive_writing_and_reading(tmp_path: Path) -> None:

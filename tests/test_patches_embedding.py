@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import celltyper.patches.embedding as embedding
+import celltyper.classification.embedding as embedding
+from celltyper.classification.config import PatchConfig
+from celltyper.classification.embedding import Embedder, embed_table
 from celltyper.config import parse_config
 from celltyper.encoders import load_encoder
 from celltyper.encoders.vit import TimmViT
 from celltyper.errors import ConfigError
-from celltyper.patches.config import PatchConfig
-from celltyper.patches.embedding import Embedder, embed_table
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_patch
 

@@ -16,9 +16,9 @@ import yaml
 from PIL import Image
 from sklearn import metrics
 
+from celltyper.classification.config import PatchConfig
+from celltyper.classification.training import train_patches
 from celltyper.config import parse_config
-from celltyper.patches.config import PatchConfig
-from celltyper.patches.training import train_patches
 from celltyper.protocols import load_protocol, run_patch_protocol
 
 Run = Callable[..., Any]

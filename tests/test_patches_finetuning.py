@@ -15,17 +15,17 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
-import celltyper.patches.finetuning as finetuning
+import celltyper.classification.finetuning as finetuning
+from celltyper.classification.config import PatchConfig
+from celltyper.classification.embedding import Embedder
+from celltyper.classification.finetuning import TrainingWindows
+from celltyper.classification.model import load_patch_model, load_patch_models
+from celltyper.classification.network import AttentionHead
+from celltyper.classification.preparing import open_labelled
+from celltyper.classification.training import train_patches
 from celltyper.config import parse_config
 from celltyper.encoders import load_encoder
 from celltyper.errors import CheckpointError, ConfigError, TrainingError
-from celltyper.patches.config import PatchConfig
-from celltyper.patches.embedding import Embedder
-from celltyper.patches.finetuning import TrainingWindows
-from celltyper.patches.model import load_patch_model, load_patch_models
-from celltyper.patches.network import AttentionHead
-from celltyper.patches.preparing import open_labelled
-from celltyper.patches.training import train_patches
 from celltyper.patches.windows import read_patch
 from celltyper.protocols import load_protocol, run_patch_protocol
 from celltyper.protocols.patches import read_typed

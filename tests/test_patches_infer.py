@@ -75,9 +75,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    from celltyper.classification.config import PatchConfig
+    from celltyper.classification.training import train_patches
     from celltyper.config import parse_config
-    from celltyper.patches.config import PatchConfig
-    from celltyper.patches.training import train_patches
     from celltyper.protocols import load_protocol, run_patch_protocol
 
     folder = tmp_path_factory.mktemp("made")
@@ -294,7 +294,7 @@ def test_folder_without_index_is_not_finished(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("celltyper.patches.typing.write_table", full)
+    monkeypatch.setattr("celltyper.classification.inference.write_table", full)
     words = ("infer", made.root, "-m", made.run, "--mpp", MPP, "-o", done.folder, "--overwrite")
     assert celltyper_command(*words)[0] == 1
     assert not (done.folder / "infer.json").exists()
@@ -553,11 +553,11 @@ def test_task_of_a_run_of_patches(made: Made) -> None:
 
 
 def test_model_without_a_resolution_takes_pixels(made: Made, tmp_path: Path, infer: Run) -> None:
+    from celltyper.classification.config import PatchConfig
+    from celltyper.classification.inference import infer_patches
+    from celltyper.classification.training import train_patches
     from celltyper.config import parse_config
     from celltyper.errors import ConfigError
-    from celltyper.patches.config import PatchConfig
-    from celltyper.patches.training import train_patches
-    from celltyper.patches.typing import infer_patches
 
     data = {**RECIPE["data"], "mpp": None, "root": str(made.root)}
     config = parse_config({**RECIPE, "data": data}, [], PatchConfig)

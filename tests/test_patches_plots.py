@@ -12,17 +12,17 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from celltyper.errors import DataError
-from celltyper.metrics.classification import Score, score_patches
-from celltyper.metrics.scoring import patch_reliability
-from celltyper.patches.gallery import confusion_table, domain_table, find_mistakes, gallery
-from celltyper.patches.plots import (
+from celltyper.classification.gallery import confusion_table, domain_table, find_mistakes, gallery
+from celltyper.classification.plots import (
     curve_of,
     precision_recall_chart,
     reliability_chart,
     roc_chart,
     scaling_chart,
 )
+from celltyper.errors import DataError
+from celltyper.metrics.classification import Score, score_patches
+from celltyper.metrics.scoring import patch_reliability
 from celltyper.report.data import Metric
 
 CLASSES = ("Atypical", "Normal")

@@ -12,9 +12,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from celltyper.errors import ConfigError, DataError
-from celltyper.patches.config import PatchConfig, PatchData
-from celltyper.patches.preparing import (
+from celltyper.classification.config import PatchConfig, PatchData
+from celltyper.classification.preparing import (
     as_dataset,
     check_classes,
     counts_of,
@@ -24,9 +23,10 @@ from celltyper.patches.preparing import (
     rows_of,
     size_of,
 )
+from celltyper.classification.training import resolve_patches
+from celltyper.errors import ConfigError, DataError
 from celltyper.patches.reading import open_patches
 from celltyper.patches.table import PatchTable
-from celltyper.patches.training import resolve_patches
 
 POINTS = 8
 

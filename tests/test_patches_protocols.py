@@ -18,9 +18,9 @@ from PIL import Image
 from sklearn import metrics
 
 import celltyper.protocols.patches as protocols
+from celltyper.classification.embedding import Embedder
+from celltyper.classification.model import load_patch_model, load_patch_models
 from celltyper.errors import DataError
-from celltyper.patches.embedding import Embedder
-from celltyper.patches.model import load_patch_model, load_patch_models
 from celltyper.patches.reading import open_patches
 from celltyper.patches.table import PatchTable
 

@@ -18,10 +18,10 @@ from markupsafe import Markup
 from PIL import Image
 from sklearn import metrics
 
+from celltyper.classification import page as pages
+from celltyper.classification.config import PatchConfig, PatchData
+from celltyper.classification.page import Page, Section, sections_of, write_page
 from celltyper.metrics.classification import score_patches
-from celltyper.patches import page as pages
-from celltyper.patches.config import PatchConfig, PatchData
-from celltyper.patches.page import Page, Section, sections_of, write_page
 from celltyper.protocols.patch_page import read_pictures
 from celltyper.protocols.patch_pooling import (
     compare_pooled,

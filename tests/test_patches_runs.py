@@ -19,16 +19,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from celltyper.checkpoints import load_model, read_tensors, save_model, write_tensors
+from celltyper.classification.config import PatchConfig
+from celltyper.classification.embedding import Embedder, embed_table
+from celltyper.classification.model import load_patch_model
+from celltyper.classification.training import train_patches
 from celltyper.config import Config, load_config, parse_config
 from celltyper.encoders import load_encoder
 from celltyper.errors import CheckpointError, ConfigError, DataError
 from celltyper.models import build_model
-from celltyper.patches.config import PatchConfig
-from celltyper.patches.embedding import Embedder, embed_table
-from celltyper.patches.model import load_patch_model
 from celltyper.patches.reading import open_patches
 from celltyper.patches.table import PatchTable
-from celltyper.patches.training import train_patches
 from celltyper.probes import fit_probe
 
 ENCODER = "vit_small_patch14_dinov2"

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from celltyper.classification.config import PatchConfig
+from celltyper.classification.model import build_embedder
+from celltyper.classification.network import as_images
+from celltyper.classification.preparing import open_labelled
 from celltyper.config import load_config
-from celltyper.patches.config import PatchConfig
-from celltyper.patches.model import build_embedder
-from celltyper.patches.network import as_images
-from celltyper.patches.preparing import open_labelled
 from celltyper.patches.windows import read_patch
 from celltyper.protocols import load_protocol, run_patch_protocol
 from celltyper.protocols.patch_table import report_patch_protocol

@@ -14,8 +14,8 @@ import logging
 import time
 from pathlib import Path
 
+from celltyper.classification.config import PatchConfig
 from celltyper.config import load_config
-from celltyper.patches.config import PatchConfig
 from celltyper.protocols import load_protocol, run_patch_protocol
 from celltyper.protocols.patch_table import report_patch_protocol
 

@@ -123,9 +123,9 @@ def check_data(
         dataset, layout = open_parts(path, reader, **of_cells(options))
         found = check_dataset(dataset, _bar("check", "image", quiet))
     else:
+        from celltyper.classification.summary import describe_patches
         from celltyper.datasets.checking import Check
         from celltyper.patches.checking import check_patches
-        from celltyper.patches.summary import describe_patches
 
         asked = of_patches(options)
         classes = asked["classes"]
@@ -162,7 +162,7 @@ def info(path: Path, reader: str, quiet: bool, **options: Any) -> None:
         dataset, layout = open_parts(path, reader, **of_cells(options))
         about = describe(dataset, _bar("info", "image", quiet))
     else:
-        from celltyper.patches.summary import describe_patches
+        from celltyper.classification.summary import describe_patches
 
         asked = of_patches(options)
         table = _open_patches(path, layout, asked["classes"], asked["images"], pixels=False)
@@ -177,9 +177,10 @@ def _layout_of_patches(path: Path, reader: str) -> str | None:
 
     if reader != "auto" or not path.exists():
         return reader if reader in READERS else None
-    if path.is_file():
+    # meta.json stands beside data of either kind and is none
+    if path.is_file() and path.name != "meta.json":
         return recognise(path)
-    if holds_cells(path):
+    if holds_cells(path) or path.is_file():
         return None
     try:
         return recognise(path)

@@ -1,1 +1,1 @@
-"""One label per window: mitotic figures and other cells typed by the patch around them."""
+"""Annotated windows, such as mitotic figures: what is read of them, and how they are cut."""

@@ -13,11 +13,11 @@ from filelock import FileLock, Timeout
 
 from celltyper.atomic import make_folder, write_json
 from celltyper.checkpoints import PROTOCOL_FILE
+from celltyper.classification.config import PatchConfig
 from celltyper.config import Config, parse_config
 from celltyper.datasets import Dataset
 from celltyper.errors import ConfigError, DataError
 from celltyper.parts import read_splits
-from celltyper.patches.config import PatchConfig
 from celltyper.protocols.plan import PlannedRun
 from celltyper.protocols.protocol import Protocol
 from celltyper.protocols.scores import SCORES_FILE

@@ -9,11 +9,9 @@ from dataclasses import replace
 import yaml
 from markupsafe import Markup
 
-from celltyper.errors import CelltyperError, DataError
-from celltyper.metrics.bootstrap import PairedDifference
-from celltyper.patches.config import PatchData
-from celltyper.patches.gallery import Mistakes
-from celltyper.patches.page import (
+from celltyper.classification.config import PatchData
+from celltyper.classification.gallery import Mistakes
+from celltyper.classification.page import (
     NAMES,
     Crossed,
     Page,
@@ -23,8 +21,10 @@ from celltyper.patches.page import (
     mistakes_section,
     sections_of,
 )
-from celltyper.patches.plots import LINES, scaling_chart
-from celltyper.patches.preparing import rows_of
+from celltyper.classification.plots import LINES, scaling_chart
+from celltyper.classification.preparing import rows_of
+from celltyper.errors import CelltyperError, DataError
+from celltyper.metrics.bootstrap import PairedDifference
 from celltyper.patches.reading import open_patches
 from celltyper.patches.windows import read_header, read_patch
 from celltyper.protocols.patch_pooling import pooled_mistakes

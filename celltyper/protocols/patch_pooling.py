@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from celltyper.classification.gallery import Mistakes, find_mistakes
 from celltyper.metrics.bootstrap import PairedDifference
 from celltyper.metrics.classification import (
     AGREEMENT,
@@ -23,7 +24,6 @@ from celltyper.metrics.classification import (
 )
 from celltyper.metrics.comparison import ScoredPatches, paired_difference
 from celltyper.metrics.confusion import Values, call_classes
-from celltyper.patches.gallery import Mistakes, find_mistakes
 from celltyper.protocols.patches import TypedPatches
 
 CALLED = tuple(name for name, rule in SCORES.items() if "{call}" in rule)
@@ -188,8 +188,8 @@ def pooled_mistakes(pooled: Pooled, positive: int, most: int = 12) -> list[Mista
     Returns
     -------
     list of Mistakes
-        As `celltyper.patches.gallery.find_mistakes` gives. Of a window that several runs called
-        wrong in the same way, the most certain one counts, and the window once.
+        As `celltyper.classification.gallery.find_mistakes` gives. Of a window that several runs
+        called wrong in the same way, the most certain one counts, and the window once.
     """
     kinds: dict[tuple[int, int], dict[str, int]] = {}
     for threshold in np.unique(pooled.thresholds):

@@ -8,9 +8,9 @@ from pathlib import PurePath
 import numpy as np
 
 from celltyper.checkpoints import PROTOCOL_FILE
+from celltyper.classification.config import PatchConfig
+from celltyper.classification.page import NAMES
 from celltyper.config import parse_config
-from celltyper.patches.config import PatchConfig
-from celltyper.patches.page import NAMES
 from celltyper.protocols.patch_table import (
     HEADLINE,
     MIN_CLUSTERS,
@@ -101,9 +101,10 @@ def notes_of(table: PatchTableOfRuns) -> list[str]:
         "all runs of a row.",
     ]
     if several_fractions(table):
+        of = "whole slides" if table.about["protocol"].get("fraction_of") == "groups" else "windows"
         notes.append(
-            "Training: the share asked for is of the training windows, nested; whole patients or "
-            "slides make it more or less ('reached' in table.csv)."
+            f"Training: the share asked for is of the training windows, nested, taken as {of}; the "
+            "share that was reached is in table.csv."
         )
     if any(row.trained_on for row in table.rows):
         notes.append("A → B: trained on A, tested on B.")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from celltyper.atomic import write_text
+from celltyper.classification.page import NAMES, OF_STRATA, write_page
 from celltyper.metrics.bootstrap import PairedDifference
 from celltyper.metrics.classification import Score
-from celltyper.patches.page import NAMES, OF_STRATA, write_page
 from celltyper.protocols.patch_page import protocol_page
 from celltyper.protocols.patch_table import (
     HEADLINE,

@@ -16,11 +16,9 @@ from tqdm import tqdm
 
 from celltyper import __version__
 from celltyper.atomic import atomic_path, write_json, write_text
-from celltyper.config import dump_config
-from celltyper.errors import DataError
-from celltyper.patches.config import PatchConfig
-from celltyper.patches.model import build_embedder
-from celltyper.patches.preparing import (
+from celltyper.classification.config import PatchConfig
+from celltyper.classification.model import build_embedder
+from celltyper.classification.preparing import (
     PatchParts,
     as_dataset,
     check_classes,
@@ -28,8 +26,7 @@ from celltyper.patches.preparing import (
     open_labelled,
     rows_of,
 )
-from celltyper.patches.table import PatchTable
-from celltyper.patches.training import (
+from celltyper.classification.training import (
     Embedded,
     check_network,
     check_targets,
@@ -38,6 +35,9 @@ from celltyper.patches.training import (
     resolve_patches,
     type_rows,
 )
+from celltyper.config import dump_config
+from celltyper.errors import DataError
+from celltyper.patches.table import PatchTable
 from celltyper.predict import pick_device
 from celltyper.protocols.folder import (
     check_folder,

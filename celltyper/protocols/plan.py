@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from celltyper.classification.config import PatchData
 from celltyper.config import Data
 from celltyper.datasets import Dataset, split_by_group
 from celltyper.datasets.dataset import listing
@@ -22,7 +23,6 @@ from celltyper.datasets.splitting import (
     nested_fractions,
 )
 from celltyper.errors import ConfigError, DataError
-from celltyper.patches.config import PatchData
 from celltyper.protocols.protocol import Protocol
 
 

@@ -13,18 +13,14 @@ from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
 from celltyper.atomic import write_text
-from celltyper.errors import DataError
-from celltyper.metrics.classification import AGREEMENT, PatchScores, Score
-from celltyper.metrics.ranking import SPECIFICITY
-from celltyper.metrics.scoring import patch_reliability
-from celltyper.patches.gallery import (
+from celltyper.classification.gallery import (
     STYLE,
     Mistakes,
     confusion_table,
     domain_table,
     gallery,
 )
-from celltyper.patches.plots import (
+from celltyper.classification.plots import (
     LINES,
     Curve,
     curve_of,
@@ -32,6 +28,10 @@ from celltyper.patches.plots import (
     reliability_chart,
     roc_chart,
 )
+from celltyper.errors import DataError
+from celltyper.metrics.classification import AGREEMENT, PatchScores, Score
+from celltyper.metrics.ranking import SPECIFICITY
+from celltyper.metrics.scoring import patch_reliability
 from celltyper.report.data import Cell, Metric, Table
 from celltyper.report.html import DASH, Chart, page_template
 from celltyper.types import Image
@@ -232,11 +232,11 @@ def mistakes_section(
     Parameters
     ----------
     kinds : sequence of Mistakes
-        From `celltyper.patches.gallery.find_mistakes`; the most frequent `KINDS` are shown.
+        From `celltyper.classification.gallery.find_mistakes`; the most frequent `KINDS` are shown.
     images : mapping of int to ndarray of uint8, shape (H, W, 3), or None
         Window of every row in `kinds`; None if they are not to be had.
     names, probabilities, classes, votes, experts, mpp
-        As in `celltyper.patches.gallery.gallery`.
+        As in `celltyper.classification.gallery.gallery`.
     note : str
         What the reader must know, such as whose mistakes these are.
 

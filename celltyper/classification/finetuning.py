@@ -20,6 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from celltyper.checkpoints import load_state, read_tensors, trained_state, write_tensors
+from celltyper.classification.config import PatchConfig
+from celltyper.classification.network import PatchNetwork, as_images
 from celltyper.encoders.trainability import check_trainability, parameter_digest
 from celltyper.errors import TrainingError
 from celltyper.optim import (
@@ -29,8 +31,6 @@ from celltyper.optim import (
     optimizer_tensors,
     restore_optimizer,
 )
-from celltyper.patches.config import PatchConfig
-from celltyper.patches.network import PatchNetwork, as_images
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_patch
 from celltyper.runs import LAST_FILE, write_history

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from celltyper import __version__
-from celltyper.datasets.images import read_image
-from celltyper.metrics.classification import PatchScores
-from celltyper.patches.evaluation import PatchEvaluation
-from celltyper.patches.gallery import find_mistakes
-from celltyper.patches.page import (
+from celltyper.classification.evaluation import PatchEvaluation
+from celltyper.classification.gallery import find_mistakes
+from celltyper.classification.page import (
     NAMES,
     OF_STRATA,
     Page,
@@ -22,8 +20,10 @@ from celltyper.patches.page import (
     mistakes_section,
     sections_of,
 )
+from celltyper.classification.wording import threshold_text, warnings_of
+from celltyper.datasets.images import read_image
+from celltyper.metrics.classification import PatchScores
 from celltyper.patches.windows import read_header, read_patch
-from celltyper.patches.wording import threshold_text, warnings_of
 from celltyper.report.data import Cell, Metric, Table
 from celltyper.types import Image
 

@@ -16,13 +16,10 @@ from numpy.typing import NDArray
 from celltyper import __version__
 from celltyper.atomic import write_json
 from celltyper.cache import cache_folder
-from celltyper.errors import DataError
-from celltyper.losses import effective_class_weights
-from celltyper.metrics.ranking import choose_threshold
-from celltyper.patches.config import PatchConfig, PatchLoss
-from celltyper.patches.embedding import Embedder, embed_table
-from celltyper.patches.finetuning import TrainingWindows, train_network
-from celltyper.patches.model import (
+from celltyper.classification.config import PatchConfig, PatchLoss
+from celltyper.classification.embedding import Embedder, embed_table
+from celltyper.classification.finetuning import TrainingWindows, train_network
+from celltyper.classification.model import (
     EmbeddingProbe,
     PatchModel,
     Predictor,
@@ -30,8 +27,8 @@ from celltyper.patches.model import (
     mean_probabilities,
     save_patch_model,
 )
-from celltyper.patches.network import LinearHead, build_network
-from celltyper.patches.preparing import (
+from celltyper.classification.network import LinearHead, build_network
+from celltyper.classification.preparing import (
     PatchParts,
     Rows,
     divide_rows,
@@ -39,6 +36,9 @@ from celltyper.patches.preparing import (
     positive_class,
     size_of,
 )
+from celltyper.errors import DataError
+from celltyper.losses import effective_class_weights
+from celltyper.metrics.ranking import choose_threshold
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_header
 from celltyper.predict import pick_device
@@ -184,7 +184,7 @@ def check_network(config: PatchConfig, table: PatchTable, embedder: Embedder) ->
     Raises
     ------
     ConfigError
-        See `celltyper.patches.network.build_network`.
+        See `celltyper.classification.network.build_network`.
     """
     if config.head.by_gradient:
         build_network(config, embedder, len(table.classes), config.seed, shared=True)

@@ -6,9 +6,9 @@ import math
 import textwrap
 from collections.abc import Mapping
 
+from celltyper.classification.evaluation import PatchEvaluation
 from celltyper.datasets.dataset import listing
 from celltyper.metrics.classification import PatchScores, Score
-from celltyper.patches.evaluation import PatchEvaluation
 
 WIDTH = 80
 NAMES = {

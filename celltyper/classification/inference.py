@@ -18,10 +18,7 @@ from tqdm import tqdm
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_json
 from celltyper.checkpoints import PROTOCOL_FILE
-from celltyper.datasets.images import IMAGE_SUFFIXES
-from celltyper.errors import ConfigError, DataError
-from celltyper.patches.checking import readable
-from celltyper.patches.ensemble import (
+from celltyper.classification.ensemble import (
     check_resolution_known,
     check_resolution_wanted,
     count_padded,
@@ -29,13 +26,21 @@ from celltyper.patches.ensemble import (
     mean_threshold,
     model_facts,
 )
+from celltyper.classification.model import PatchModel, ensemble_probabilities
+from celltyper.classification.typed import (
+    measurements_of,
+    typed_table,
+    write_table,
+    write_typed_points,
+)
+from celltyper.datasets.images import IMAGE_SUFFIXES
+from celltyper.errors import ConfigError, DataError
+from celltyper.patches.checking import readable
 from celltyper.patches.folders import class_folders, pictures
-from celltyper.patches.model import PatchModel, ensemble_probabilities
 from celltyper.patches.points import Points, read_points
 from celltyper.patches.sources import SUFFIXES
 from celltyper.patches.table import Patch, PatchTable, build_table
 from celltyper.patches.tables import read_csv
-from celltyper.patches.typed import measurements_of, typed_table, write_table, write_typed_points
 from celltyper.patches.windows import read_header
 from celltyper.predict import check_mpp, pick_device
 from celltyper.readers.meta import read_meta

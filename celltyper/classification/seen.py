@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from celltyper.classification.config import PatchData
 from celltyper.datasets.images import read_image
 from celltyper.errors import DataError
-from celltyper.patches.config import PatchData
 from celltyper.patches.reading import open_patches
 from celltyper.patches.table import PatchTable
 from celltyper.runs import RUN_FILE

@@ -16,14 +16,8 @@ from tqdm import tqdm
 
 from celltyper.atomic import make_folder, write_json
 from celltyper.checkpoints import model_folders
-from celltyper.config import dump_config, one_line
-from celltyper.errors import ConfigError, DataError
-from celltyper.metrics.bootstrap import PairedDifference
-from celltyper.metrics.comparison import ScoredPatches, paired_difference
-from celltyper.parts import read_splits
-from celltyper.patches.checking import readable
-from celltyper.patches.config import PatchData
-from celltyper.patches.ensemble import (
+from celltyper.classification.config import PatchData
+from celltyper.classification.ensemble import (
     check_resolution_known,
     check_resolution_wanted,
     count_padded,
@@ -31,21 +25,27 @@ from celltyper.patches.ensemble import (
     mean_threshold,
     model_facts,
 )
-from celltyper.patches.evaluation import (
+from celltyper.classification.evaluation import (
     PatchEvaluation,
     metrics_json,
     score_domains,
     score_singles,
     score_windows,
 )
-from celltyper.patches.evaluation_page import evaluation_page
-from celltyper.patches.model import PatchModel, ensemble_probabilities
-from celltyper.patches.page import write_page
-from celltyper.patches.preparing import rows_of
+from celltyper.classification.evaluation_page import evaluation_page
+from celltyper.classification.model import PatchModel, ensemble_probabilities
+from celltyper.classification.page import write_page
+from celltyper.classification.preparing import rows_of
+from celltyper.classification.seen import find_seen, training_part
+from celltyper.classification.typed import typed_table, write_table
+from celltyper.config import dump_config, one_line
+from celltyper.errors import ConfigError, DataError
+from celltyper.metrics.bootstrap import PairedDifference
+from celltyper.metrics.comparison import ScoredPatches, paired_difference
+from celltyper.parts import read_splits
+from celltyper.patches.checking import readable
 from celltyper.patches.reading import open_patches
-from celltyper.patches.seen import find_seen, training_part
 from celltyper.patches.table import PatchTable
-from celltyper.patches.typed import typed_table, write_table
 from celltyper.patches.windows import read_header
 from celltyper.predict import check_mpp, pick_device
 
@@ -107,7 +107,7 @@ def evaluate_patches(
     skip_bad : bool
         Go on without windows that cannot be read.
     device, batch_size, symmetries, encoder_weights, progress
-        See `celltyper.patches.typing.infer_patches`.
+        See `celltyper.classification.inference.infer_patches`.
 
     Returns
     -------

@@ -21,13 +21,13 @@ from celltyper.checkpoints import (
     trained_state,
     write_tensors,
 )
+from celltyper.classification.config import PatchConfig
+from celltyper.classification.embedding import Embedder, embed_table
+from celltyper.classification.network import PatchNetwork, build_network
 from celltyper.config import parse_config
 from celltyper.encoders import load_encoder
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import CheckpointError
-from celltyper.patches.config import PatchConfig
-from celltyper.patches.embedding import Embedder, embed_table
-from celltyper.patches.network import PatchNetwork, build_network
 from celltyper.patches.table import PatchTable
 from celltyper.probes import Probe, load_probe
 

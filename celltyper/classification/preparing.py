@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from celltyper.classification.config import PatchData
 from celltyper.datasets import Dataset, split_by_group
 from celltyper.datasets.dataset import listing
 from celltyper.datasets.merging import UNSTATED
 from celltyper.errors import ConfigError, DataError
 from celltyper.parts import read_splits
 from celltyper.patches.checking import readable
-from celltyper.patches.config import PatchData
 from celltyper.patches.reading import open_patches
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import check_centers, read_header

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from celltyper.checkpoints import model_folders
+from celltyper.classification.model import PatchModel, load_patch_models
 from celltyper.errors import ConfigError, DataError
-from celltyper.patches.model import PatchModel, load_patch_models
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import padded, read_header
 

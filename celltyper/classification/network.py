@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from celltyper.classification.config import PatchConfig
+from celltyper.classification.embedding import Embedder
 from celltyper.encoders.adapt import Adapted, adapt_encoder
 from celltyper.errors import ConfigError
-from celltyper.patches.config import PatchConfig
-from celltyper.patches.embedding import Embedder
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_patch
 from celltyper.symmetries import ORDER, turn

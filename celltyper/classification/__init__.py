@@ -1,0 +1,1 @@
+"""Patch mode: one class for every window, by an encoder and a head."""
