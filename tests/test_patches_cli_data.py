@@ -47,7 +47,8 @@ def test_patches_are_recognised_and_described(root: Path, celltyper_command: Run
             ["patches", "8", "4", "12"],
         ):
             assert wanted in lines
-        assert max(map(len, out.splitlines())) <= 80
+        # how long the path is, the user decides
+        assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith("path"))
     assert out.endswith("no errors, no warnings\n")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import tifffile
 
 from celltyper.__main__ import cli, main
 from celltyper.checkpoints import load_model
@@ -25,13 +26,16 @@ TINY = (
 )
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+DENSE, _, PATCHES = README.partition("## Patches")
 
 
-def commands() -> list[list[str]]:
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(text: str = README) -> list[list[str]]:
     """Words of every ``celltyper X ...`` line."""
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [w for w in words if w[:1] == ["celltyper"]]
 
@@ -47,9 +51,9 @@ def workplace(made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_commands_run(workplace: Path) -> None:
-    assert [c[1] for c in commands()] == ["train", "train", "infer", "eval", "eval"]
+    assert [c[1] for c in commands(DENSE)] == ["train", "train", "infer", "eval", "eval"]
     shutil.rmtree(workplace / "DATA" / "val")
-    for command in commands():
+    for command in commands(DENSE):
         extra = shlex.split(TINY) if command[1] == "train" else []
         if "--pred" in command:
             shutil.rmtree(workplace / "out")
@@ -57,6 +61,29 @@ def test_commands_run(workplace: Path) -> None:
         main_exits([*command[1:], *extra])
     assert (workplace / "out" / "report.html").is_file()
     assert (workplace / "run" / "eval" / "report.html").is_file()
+
+
+def test_commands_of_patches_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [c[1] for c in commands(PATCHES)] == ["train", "eval", "infer"]
+    rng = np.random.default_rng(0)
+    for folder in ("PATCHES", "OTHER_PATCHES"):
+        for i in range(12):
+            place = tmp_path / folder / ("Atypical", "Normal")[i % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = rng.normal((100, 180)[i % 2], 30, (64, 64, 3)).clip(0, 255)
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(place / f"{folder}{i}.png")
+        (tmp_path / folder / "meta.json").write_text('{"mpp": 0.25}')
+    slide = rng.integers(0, 255, (200, 300, 3), dtype=np.uint8)
+    per_cm = (1e4 / 0.25, 1e4 / 0.25)
+    tifffile.imwrite(tmp_path / "slide.tif", slide, resolution=per_cm, resolutionunit="CENTIMETER")
+    (tmp_path / "mitoses.csv").write_text("x,y\n100,80\n250,20\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CELLTYPER_CACHE", str(tmp_path / "cache"))
+    for command in commands(PATCHES):
+        extra = ["--set", "encoder.weights=twin"] if command[1] == "train" else []
+        main_exits([*command[1:], *extra])
+    assert (tmp_path / "run" / "eval" / "report.html").is_file()
+    assert (tmp_path / "out" / "patches.geojson").is_file()
 
 
 def main_exits(arguments: list[str]) -> None:
