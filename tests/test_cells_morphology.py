@@ -204,6 +204,16 @@ def test_values_do_not_depend_on_place_or_neighbours():
         )
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_far_from_the_origin_nothing_is_rounded(axis):
+    # Sums of squares from the image's corner would need more than the 53 bits of a float.
+    near = (np.random.default_rng(6).random((60, 60)) < 0.8).astype(np.int32)
+    away = np.zeros((60 + 100_000 * (axis == 0), 60 + 100_000 * (axis == 1)), np.int32)
+    away[-60:, -60:] = near
+    found = measure(away, white(away), 0.25)
+    np.testing.assert_array_equal(found, measure(near, white(near), 0.25))
+
+
 def test_views_and_read_only_arrays():
     rng = np.random.default_rng(4)
     labels, image = noise(rng, (30, 40), 5), rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)

@@ -1,8 +1,8 @@
 """Shape and stain of every cell, for a whole label image at once.
 
 The definitions are those of scikit-image's `regionprops`, which costs over half a millisecond
-per cell. Here the cost follows the pixels, and all sums over a cell are taken from its own corner, so
-that its values are the same to the last bit wherever it lies and whatever lies around it.
+per cell. Here the cost follows the pixels, and all sums over a cell are taken from its own corner,
+so that its values are the same to the last bit wherever it lies and whatever lies around it.
 """
 
 from __future__ import annotations
