@@ -25,7 +25,7 @@ from celltyper.classification.preparing import open_labelled
 from celltyper.config import load_config
 from celltyper.patches.windows import read_patch
 from celltyper.protocols import load_protocol, run_patch_protocol
-from celltyper.protocols.patch_table import report_patch_protocol
+from celltyper.protocols.patch_writing import report_patch_protocol
 from celltyper.protocols.patches import read_typed
 
 

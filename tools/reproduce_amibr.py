@@ -17,7 +17,7 @@ from pathlib import Path
 from celltyper.classification.config import PatchConfig
 from celltyper.config import load_config
 from celltyper.protocols import load_protocol, run_patch_protocol
-from celltyper.protocols.patch_table import report_patch_protocol
+from celltyper.protocols.patch_writing import report_patch_protocol
 
 # Table of AMi-Br in the published benchmark, its test part: balanced accuracy, AUROC
 PUBLISHED = {
