@@ -18,7 +18,7 @@ from celltyper import __version__
 from celltyper.atomic import make_folder, write_json, write_text
 from celltyper.checkpoints import load_model, model_folders
 from celltyper.datasets import Dataset
-from celltyper.errors import ConfigError, DataError
+from celltyper.errors import DataError
 from celltyper.evaluation import Estimate, Summary, evaluate, score_image, summarise
 from celltyper.inference import INDEX_FILE, read_index, read_predictions
 from celltyper.labels import label_ids, mean_in_labels
@@ -26,10 +26,9 @@ from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.readers import open_dataset, open_parts
 from celltyper.report.html import write_report
 from celltyper.reporting import image_scores, make_report, notice_of, read_json
-from celltyper.runs import RUN_FILE
+from celltyper.runs import METRICS_FILE, RUN_FILE, evaluation_folder
 from celltyper.types import Prediction, Sample
 
-METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 
 PER_CLASS = ("f1", "typed_f1", "typed_f1_iou", "pq", "count_r2")
@@ -94,8 +93,9 @@ def evaluate_run(
     """
     run = Path(run)
     check_mpp(mpp)
-    folder = _free(
-        Path(output) if output else (run if run.is_dir() else run.parent) / "eval", overwrite
+    folder = evaluation_folder(
+        Path(output) if output else (run if run.is_dir() else run.parent) / "eval",
+        overwrite=overwrite,
     )
     place = pick_device(device)
     autocast(place, precision)
@@ -172,7 +172,7 @@ def evaluate_predictions(
         For wrong input, before anything is written.
     """
     check_mpp(mpp)
-    folder = _free(Path(output) if output else Path(pred), overwrite)
+    folder = evaluation_folder(Path(output) if output else Path(pred), overwrite=overwrite)
     dataset = _at(open_dataset(ref, split, reader, taxonomy), mpp)
     facts: dict[str, Any] = {}
     if (Path(pred) / INDEX_FILE).is_file():
@@ -281,16 +281,6 @@ def summary_text(summary: Summary) -> str:
         )
     lines.append(f"intervals: bootstrap over {summary.clusters}")
     return "\n".join(lines)
-
-
-def _free(folder: Path, overwrite: bool) -> Path:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; give a folder for the evaluation with -o")
-    if (folder / METRICS_FILE).exists() and not overwrite:
-        raise ConfigError(
-            f"{folder} already holds an evaluation; pass --overwrite or another folder with -o"
-        )
-    return folder
 
 
 def _same_classes(classes: Sequence[str], dataset: Dataset) -> None:

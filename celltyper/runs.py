@@ -31,6 +31,7 @@ CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.csv"
 LAST_FILE = "last.safetensors"
 LOCK_FILE = ".lock"
+METRICS_FILE = "metrics.json"
 RUN_FILE = "run.json"
 SPLIT_FILE = "split.json"
 """Names of a run's images by part, where a protocol divided them."""
@@ -94,6 +95,23 @@ def check_output(output: Path, config: Section, *, resume: bool, overwrite: bool
             f"{output} was started with another config ({difference(old, config)}); "
             "resume with the same one, or give another folder"
         )
+
+
+def evaluation_folder(folder: Path, *, overwrite: bool) -> Path:
+    """Give the folder of an evaluation back, if it may be written.
+
+    Raises
+    ------
+    ConfigError
+        If it is a file, or holds an evaluation that is not to be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder for the evaluation with -o")
+    if (folder / METRICS_FILE).exists() and not overwrite:
+        raise ConfigError(
+            f"{folder} already holds an evaluation; pass --overwrite or another folder with -o"
+        )
+    return folder
 
 
 def resolve_encoder(encoder: Encoder) -> Encoder:

@@ -116,3 +116,11 @@ def test_a_mistake_is_laid_where_it_was_made(tmp_path: Path) -> None:
         load_config(good, ["train.lr=-1"])
     with pytest.raises(ConfigError, match=r"bad\.yaml: train\.steps: "):
         load_config(bad, ["train.lr=0.1"])
+
+
+def test_the_recipe_in_the_docs_of_patches_is_the_recipe() -> None:
+    import yaml
+
+    text = (Path(__file__).parents[1] / "docs" / "patches.md").read_text()
+    shown = text.split("The recipe in full:")[1].split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(shown) == yaml.safe_load(recipes()["mitosis-probe"].read_text())

@@ -39,7 +39,7 @@ from celltyper.classification.preparing import rows_of
 from celltyper.classification.seen import find_seen, training_part
 from celltyper.classification.typed import typed_table, write_table
 from celltyper.config import dump_config, one_line
-from celltyper.errors import ConfigError, DataError
+from celltyper.errors import DataError
 from celltyper.metrics.bootstrap import PairedDifference
 from celltyper.metrics.comparison import ScoredPatches, paired_difference
 from celltyper.parts import read_splits
@@ -48,10 +48,10 @@ from celltyper.patches.reading import open_patches
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_header
 from celltyper.predict import check_mpp, pick_device
+from celltyper.runs import METRICS_FILE, evaluation_folder
 
 logger = logging.getLogger("celltyper")
 
-METRICS_FILE = "metrics.json"
 PATCHES_FILE = "patches.csv"
 REPORT_FILE = "report.html"
 
@@ -121,8 +121,9 @@ def evaluate_patches(
     """
     run, data = Path(run), Path(data)
     check_mpp(mpp)
-    folder = _free(
-        Path(output) if output else (run if run.is_dir() else run.parent) / "eval", overwrite
+    folder = evaluation_folder(
+        Path(output) if output else (run if run.is_dir() else run.parent) / "eval",
+        overwrite=overwrite,
     )
     place = pick_device(device)
     models = load_models(run, place, encoder_weights, batch_size)
@@ -295,16 +296,6 @@ def _write(found: PatchEvaluation) -> None:
     write_table(folder / PATCHES_FILE, typed)
     write_page(folder / REPORT_FILE, page)
     write_json(folder / METRICS_FILE, metrics_json(found))
-
-
-def _free(folder: Path, overwrite: bool) -> Path:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; give a folder for the evaluation with -o")
-    if (folder / METRICS_FILE).exists() and not overwrite:
-        raise ConfigError(
-            f"{folder} already holds an evaluation; pass --overwrite or another folder with -o"
-        )
-    return folder
 
 
 def _notice(data: Path) -> str:

@@ -13,13 +13,23 @@ from typing import Any
 
 from celltyper.atomic import write_text
 from celltyper.classification.page import NAMES, OF_STRATA, write_page
-from celltyper.metrics.bootstrap import PairedDifference
 from celltyper.metrics.classification import Score
+from celltyper.protocols.numerals import (
+    digits,
+    ends,
+    line,
+    markdown_difference,
+    markdown_figure,
+    mean_and_deviation,
+    short,
+    signed,
+    signed_ends,
+    with_interval,
+)
 from celltyper.protocols.patch_page import protocol_page
 from celltyper.protocols.patch_table import (
     HEADLINE,
     SHOWN,
-    PatchFigure,
     PatchTableOfRuns,
     patch_table,
 )
@@ -73,7 +83,7 @@ def table_csv(table: PatchTableOfRuns) -> str:
                 row.runs,
                 row.planned,
                 row.clusters,
-                *(_digits(getattr(row.scores[name], part)) for name in SHOWN for part in parts),
+                *(digits(getattr(row.scores[name], part)) for name in SHOWN for part in parts),
             ]
             for row in table.rows
         ],
@@ -95,7 +105,7 @@ def differences_csv(table: PatchTableOfRuns) -> str:
                 f"{d.fraction:g}",
                 d.runs,
                 d.clusters,
-                *(_digits(getattr(d.scores[name], part)) for name in SHOWN for part in parts),
+                *(digits(getattr(d.scores[name], part)) for name in SHOWN for part in parts),
             ]
             for d in table.differences
         ],
@@ -105,16 +115,16 @@ def differences_csv(table: PatchTableOfRuns) -> str:
 def table_markdown(table: PatchTableOfRuns) -> str:
     """Tables for a document, with their rules."""
     header = ["", "runs", *(NAMES[name] for name in HEADLINE)]
-    lines = [_line(header), _line(["---"] * len(header))]
+    lines = [line(header), line(["---"] * len(header))]
     for row in table.rows:
-        cells = [_markdown(row.scores[name]) for name in HEADLINE]
-        lines.append(_line([title_of(table, row) or "all", f"{row.runs}/{row.planned}", *cells]))
+        cells = [markdown_figure(row.scores[name]) for name in HEADLINE]
+        lines.append(line([title_of(table, row) or "all", f"{row.runs}/{row.planned}", *cells]))
     if table.differences:
-        lines += ["", _line(["less the first variant", *header[1:]])]
-        lines.append(_line(["---"] * len(header)))
+        lines += ["", line(["less the first variant", *header[1:]])]
+        lines.append(line(["---"] * len(header)))
         for d in table.differences:
-            cells = [_markdown_difference(d.scores[name]) for name in HEADLINE]
-            lines.append(_line([f"{title_of(table, d)}, less {d.first}", str(d.runs), *cells]))
+            cells = [markdown_difference(d.scores[name]) for name in HEADLINE]
+            lines.append(line([f"{title_of(table, d)}, less {d.first}", str(d.runs), *cells]))
     strata = [
         [
             ", ".join(part for part in (variant, level) if part),
@@ -126,7 +136,7 @@ def table_markdown(table: PatchTableOfRuns) -> str:
     ]
     if strata:
         header = ["agreement of the experts", "patches", *(NAMES[name] for name in OF_STRATA)]
-        lines += ["", _line(header), _line(["---"] * len(header)), *map(_line, strata)]
+        lines += ["", line(header), line(["---"] * len(header)), *map(line, strata)]
     notes = [f"- {note}" for note in (*warnings_of(table), *notes_of(table))]
     return "\n".join([*lines, "", *notes]) + "\n"
 
@@ -140,8 +150,8 @@ def table_text(table: PatchTableOfRuns) -> str:
             scores = [d.scores[name] for name in HEADLINE]
             lines += _three_lines(
                 title_of(table, d, variant=False),
-                [_signed(p.difference) for p in scores],
-                [_signed_ends(p) for p in scores],
+                [signed(p.difference) for p in scores],
+                [signed_ends(p) for p in scores],
                 ["" if math.isnan(p.p_value) else f"p {p.p_value:.2g}" for p in scores],
             )
     lines.append("")
@@ -156,9 +166,9 @@ def _list(table: PatchTableOfRuns) -> list[str]:
     lines = [f"{title}:"] if (title := title_of(table, row)) else []
     for name in SHOWN:
         f = row.scores[name]
-        deviation = "" if math.isnan(f.deviation) else f" ± {_short(f.deviation)}"
-        ends = "" if math.isnan(f.low) else f"{_short(f.low)} to {_short(f.high)}"
-        lines.append(f"{NAMES[name]:32}{_short(f.mean)}{deviation:8}   {ends}".rstrip())
+        deviation = "" if math.isnan(f.deviation) else f" ± {short(f.deviation)}"
+        ends = "" if math.isnan(f.low) else f"{short(f.low)} to {short(f.high)}"
+        lines.append(f"{NAMES[name]:32}{short(f.mean)}{deviation:8}   {ends}".rstrip())
     return lines
 
 
@@ -174,8 +184,8 @@ def _grid(table: PatchTableOfRuns) -> list[str]:
                 label = "all"
             lines += _three_lines(
                 label,
-                [_mean(f) for f in figures],
-                ["" if math.isnan(f.low) else f"{_short(f.low)}-{_short(f.high)}" for f in figures],
+                [mean_and_deviation(f) for f in figures],
+                [ends(f) for f in figures],
             )
     return lines
 
@@ -200,50 +210,5 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _digits(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
-
-
-def _markdown(f: PatchFigure) -> str:
-    if math.isnan(f.mean):
-        return "-"
-    deviation = "" if math.isnan(f.deviation) else f" ± {f.deviation:.3f}"
-    interval = "" if math.isnan(f.low) else f" ({f.low:.3f} to {f.high:.3f})"
-    return f"{f.mean:.3f}{deviation}{interval}"
-
-
-def _markdown_difference(p: PairedDifference) -> str:
-    if math.isnan(p.difference):
-        return "-"
-    interval = "" if math.isnan(p.low) else f" ({p.low:+.3f} to {p.high:+.3f}; p {p.p_value:.2g})"
-    return f"{p.difference:+.3f}{interval}"
-
-
 def _interval(score: Score) -> str:
-    if math.isnan(score.value):
-        return "-"
-    ends = "" if math.isnan(score.low) else f" ({score.low:.3f} to {score.high:.3f})"
-    return f"{score.value:.3f}{ends}"
-
-
-def _short(value: float) -> str:
-    """Three decimals without the leading zero."""
-    if math.isnan(value):
-        return "-"
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
-
-
-def _mean(f: PatchFigure) -> str:
-    return _short(f.mean) + ("" if math.isnan(f.deviation) else f"±{_short(f.deviation)}")
-
-
-def _signed(value: float) -> str:
-    return "-" if math.isnan(value) else ("+" if value >= 0 else "") + _short(value)
-
-
-def _signed_ends(p: PairedDifference) -> str:
-    return "" if math.isnan(p.low) else f"{_signed(p.low)} {_signed(p.high)}"
+    return with_interval(score.value, score.low, score.high)

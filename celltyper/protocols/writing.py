@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -12,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from celltyper.atomic import write_text
-from celltyper.metrics.bootstrap import PairedDifference
+from celltyper.protocols.numerals import (
+    digits,
+    ends,
+    line,
+    markdown_difference,
+    markdown_figure,
+    mean_and_deviation,
+    signed,
+    signed_ends,
+)
 from celltyper.protocols.page import protocol_report
 from celltyper.protocols.pooling import HEADLINE, PER_CLASS
 from celltyper.protocols.table import (
@@ -100,7 +108,7 @@ def differences_csv(table: ProtocolTable) -> str:
                 *_key(d),
                 d.first,
                 d.runs,
-                *(_digits(getattr(d.scores[name], part)) for name in HEADLINE for part in parts),
+                *(digits(getattr(d.scores[name], part)) for name in HEADLINE for part in parts),
             ]
             for d in table.differences
         ],
@@ -110,16 +118,16 @@ def differences_csv(table: ProtocolTable) -> str:
 def table_markdown(table: ProtocolTable) -> str:
     """Table for a document, with its rules."""
     header = ["", "runs", *NAMES.values()]
-    lines = [_line(header), _line(["---"] * len(header))]
+    lines = [line(header), line(["---"] * len(header))]
     for row in table.rows:
-        cells = [_markdown(row.scores[name]) for name in HEADLINE]
-        lines.append(_line([title_of(row), f"{row.runs}/{row.planned}", *cells]))
+        cells = [markdown_figure(row.scores[name]) for name in HEADLINE]
+        lines.append(line([title_of(row), f"{row.runs}/{row.planned}", *cells]))
     if table.differences:
-        lines += ["", _line(["less the first variant", "runs", *NAMES.values()])]
-        lines.append(_line(["---"] * len(header)))
+        lines += ["", line(["less the first variant", "runs", *NAMES.values()])]
+        lines.append(line(["---"] * len(header)))
         for d in table.differences:
-            cells = [_markdown_difference(d.scores[name]) for name in HEADLINE]
-            lines.append(_line([f"{title_of(d)}, less {d.first}", str(d.runs), *cells]))
+            cells = [markdown_difference(d.scores[name]) for name in HEADLINE]
+            lines.append(line([f"{title_of(d)}, less {d.first}", str(d.runs), *cells]))
     notes = [f"- {note}" for note in (*warnings_of(table), *rules_of(table))]
     return "\n".join([*lines, "", *notes]) + "\n"
 
@@ -134,8 +142,8 @@ def table_text(table: ProtocolTable) -> str:
             scores = [row.scores[name] for name in HEADLINE]
             lines += _two_lines(
                 _label(row),
-                [_mean(s.mean, s.deviation) for s in scores],
-                [_ends(s.low, s.high) for s in scores],
+                [mean_and_deviation(s) for s in scores],
+                [ends(s) for s in scores],
             )
     for variant, differences in groupby(table.differences, lambda d: d.variant):
         for number, d in enumerate(differences):
@@ -143,8 +151,8 @@ def table_text(table: ProtocolTable) -> str:
             found = [d.scores[name] for name in HEADLINE]
             lines += _two_lines(
                 _label(d),
-                [_signed(p.difference) for p in found],
-                [_ends(p.low, p.high, signed=True) for p in found],
+                [signed(p.difference) for p in found],
+                [signed_ends(p) for p in found],
             )
     lines.append("")
     for note in (*warnings_of(table), *rules_of(table)):
@@ -170,7 +178,7 @@ def _columns(names: Iterable[str]) -> list[str]:
 
 def _figures(scores: dict[str, Figure]) -> list[str]:
     return [
-        _digits(value)
+        digits(value)
         for f in scores.values()
         for value in (f.mean, f.deviation, f.pooled, f.low, f.high)
     ]
@@ -184,29 +192,6 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def _digits(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _markdown(f: Figure) -> str:
-    if math.isnan(f.mean):
-        return "-"
-    deviation = "" if math.isnan(f.deviation) else f" ± {f.deviation:.3f}"
-    interval = "" if math.isnan(f.low) else f" ({f.low:.3f} to {f.high:.3f})"
-    return f"{f.mean:.3f}{deviation}{interval}"
-
-
-def _markdown_difference(p: PairedDifference) -> str:
-    if math.isnan(p.difference):
-        return "-"
-    interval = "" if math.isnan(p.low) else f" ({p.low:+.3f} to {p.high:+.3f}; p {p.p_value:.2g})"
-    return f"{p.difference:+.3f}{interval}"
-
-
 def _two_lines(label: str, values: Sequence[str], intervals: Sequence[str]) -> list[str]:
     """Values of a row and, below, their intervals; a long label has a line of its own."""
     first = []
@@ -216,24 +201,3 @@ def _two_lines(label: str, values: Sequence[str], intervals: Sequence[str]) -> l
     if any(intervals):
         lines.append(" " * _LABEL + "".join(f"{v:>{_COLUMN}}" for v in intervals))
     return [*first, *lines]
-
-
-def _short(value: float) -> str:
-    """Three decimals without the leading zero."""
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
-
-
-def _mean(value: float, deviation: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return _short(value) + ("" if math.isnan(deviation) else f"±{_short(deviation)}")
-
-
-def _signed(value: float) -> str:
-    return "-" if math.isnan(value) else ("+" if value >= 0 else "") + _short(value)
-
-
-def _ends(low: float, high: float, *, signed: bool = False) -> str:
-    if math.isnan(low) or math.isnan(high):
-        return ""
-    return f"{_signed(low)} {_signed(high)}" if signed else f"{_short(low)}-{_short(high)}"
