@@ -13,18 +13,22 @@ import click
 from celltyper import __version__
 from celltyper.commands.data import data
 from celltyper.commands.encoders import encoders
+from celltyper.commands.export import export
 from celltyper.commands.shared import (
     IMAGES,
     MODEL_OPTIONS,
     PATH,
     SKIP_BAD,
+    SLIDES_ONLY,
     common,
+    given,
     of_cells,
     of_patches,
     predicting,
     reading,
     refuse,
     say,
+    slides,
     start_log,
 )
 from celltyper.errors import CelltyperError
@@ -114,7 +118,7 @@ def train(
 
 
 @cli.command()
-@click.argument("inputs", nargs=-1, required=True, type=PATH, metavar="IMAGE...")
+@click.argument("inputs", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("-m", "--model", type=PATH, required=True, help="Run folder or checkpoint.")
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
 @click.option("--mpp", type=float, help="Micrometres per pixel.  [default: as the files say]")
@@ -122,15 +126,19 @@ def train(
 @IMAGES
 @SKIP_BAD
 @click.option("--overwrite", is_flag=True, help="Replace earlier results in the folder.")
+@slides
 @predicting
-def infer(inputs: tuple[Path, ...], model: Path, output: Path, quiet: bool, **options: Any) -> None:
-    """Find and type the cells of images (PNG, JPEG, TIFF) or of folders of images.
+def infer(inputs: tuple[str, ...], model: Path, output: Path, quiet: bool, **options: Any) -> None:
+    """Find and type the cells of images (PNG, JPEG, TIFF), of slides, or of folders of them.
 
-    A model of patches types patches, those of a CSV, or points of one image or slide; the folder
-    of a protocol types as an ensemble of its models.
+    Slides are what OpenSlide and OME-Zarr know, and large images: worked on in blocks, in bounded
+    memory, and the same command goes on where it was stopped. A model of patches types patches,
+    those of a CSV, or points of one image or slide; the folder of a protocol types as an ensemble
+    of its models.
 
     \b
     celltyper infer image.png -m run -o out
+    celltyper infer slides/*.svs -m run -o out --workers 2
     celltyper infer patches/ -m mitosis-run -o out --mpp 0.25
     celltyper infer slide.svs --points cells.csv -m mitosis-run -o out
     """  # noqa: D301
@@ -145,6 +153,13 @@ def infer(inputs: tuple[Path, ...], model: Path, output: Path, quiet: bool, **op
         say(quiet, inferred_text(done))
         return
     options = of_cells(options)
+    from celltyper.cohort import are_slides, infer_slides
+
+    if given(SLIDES_ONLY) or are_slides(inputs):
+        folder = infer_slides(inputs, model, output, progress=not quiet, **options)
+        say(quiet, f"report: {folder / 'report.html'}")
+        return
+    options = {name: value for name, value in options.items() if name not in SLIDES_ONLY}
     from celltyper.inference import infer as run
 
     folder = run(inputs, model, output, progress=not quiet, **options)
@@ -283,49 +298,9 @@ def demo(
     )
 
 
-@cli.command()
-@click.argument("run", type=PATH)
-@click.option(
-    "--format",
-    default="onnx",
-    show_default=True,
-    type=click.Choice(["onnx", "torchscript", "torch-export", "peft"]),
-    help="peft: only the adapters of the encoder.",
-)
-@click.option("-o", "--output", type=PATH, help="File to write.  [default: in RUN]")
-@click.option(
-    "--tile", type=click.IntRange(32, 4096), help="Side of the images.  [default: as in the run]"
-)
-@click.option(
-    "--weights",
-    "encoder_weights",
-    metavar="PATH",
-    help="Encoder weights (file or folder), if not where they were.",
-)
-@click.option("--allow-code", is_flag=True, help="Import the author's code that a model names.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")
-def export(
-    run: Path, format: str, output: Path | None, tile: int | None, quiet: bool, **options: Any
-) -> None:
-    """Write the model of RUN as one file for other programs, checked against the model."""
-    start_log(quiet)
-    from celltyper.exporting import SUFFIXES, export_adapter, export_model
-
-    folder = run if run.is_dir() else run.parent
-    if format == "peft":
-        if tile is not None:
-            raise click.UsageError("--tile is for a whole model: peft writes adapters only")
-        say(quiet, f"adapter: {export_adapter(run, output or folder / 'adapter', **options)}")
-        return
-    path = output or folder / f"model{SUFFIXES[format]}"
-    done = export_model(run, path, format, tile=tile, **options)
-    say(quiet, f"largest difference to the model: {done.largest_difference:.2g}")
-    say(quiet, f"{format}: {done.path}")
-
-
 cli.add_command(encoders)
 cli.add_command(data)
+cli.add_command(export)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,8 +20,9 @@ from celltyper import __version__
 from celltyper.atomic import atomic_path, make_folder, write_json
 from celltyper.cells.colors import default_colors
 from celltyper.cells.geojson import write_geojson
-from celltyper.cells.outlines import outlines
-from celltyper.cells.table import cells_table, concat_cells, write_csv, write_parquet
+from celltyper.cells.morphology import measure
+from celltyper.cells.stream import write_csv
+from celltyper.cells.table import cells_table, concat_cells, write_parquet
 from celltyper.checkpoints import load_model
 from celltyper.config import one_line
 from celltyper.datasets import read_image
@@ -31,12 +32,11 @@ from celltyper.models import CellTyper
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.readers.files import files_by_stem
 from celltyper.report.overlay import save_overlay
-from celltyper.runs import CONFIG_FILE
+from celltyper.runs import CONFIG_FILE, INDEX_FILE
 from celltyper.types import Image, Prediction
 
 logger = logging.getLogger("celltyper")
 
-INDEX_FILE = "infer.json"
 LABELS_FILE = "labels.npz"
 CELLS_FILE = "cells.parquet"
 OUTPUT_FILES = (CELLS_FILE, "cells.csv", "cells.geojson", LABELS_FILE, "overlay.png")
@@ -255,8 +255,11 @@ def write_prediction(
     """Write the cells of one image in every format, the table last, and return the table."""
     colors = colors_of(model)
     make_folder(folder)
-    found = outlines(prediction.labels)
-    table = cells_table(prediction, image=prediction.name or None, found=found)
+    table = cells_table(
+        prediction,
+        image=prediction.name or None,
+        measured=measure(prediction.labels, image, prediction.mpp),
+    )
     quantised = np.rint(prediction.probabilities * 255).astype(np.uint8)
     with atomic_path(folder / LABELS_FILE) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
@@ -275,9 +278,7 @@ def write_prediction(
         colors,
         mpp=prediction.mpp,
     )
-    write_geojson(
-        folder / "cells.geojson", table, found, dict(zip(model.classes, colors, strict=True))
-    )
+    write_geojson(folder / "cells.geojson", table, dict(zip(model.classes, colors, strict=True)))
     write_csv(folder / "cells.csv", table)
     write_parquet(folder / CELLS_FILE, table)
     return table

@@ -155,7 +155,7 @@ def predict_maps(
                 windows = [canvas.window(t.read) for t in part]
                 known = [torch.stack(x).to(model.device) for x in zip(*windows, strict=True)]
             with autocast(model.device, precision):
-                means = _average(model, batch, known, turns)
+                means = activated_maps(model, batch, turns, known)
             for name, values in means.items():
                 host = values.cpu().numpy()
                 for i, (read, write) in enumerate(part):
@@ -171,17 +171,34 @@ def predict_maps(
     return maps
 
 
-def _average(
-    model: CellTyper, batch: Tensor, known: list[Tensor] | None, turns: int
+def activated_maps(
+    model: CellTyper, batch: Tensor, symmetries: int = 1, features: list[Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Activated maps of tiles, averaged over their first symmetries."""
+    """Activated maps of tiles, averaged over their first symmetries.
+
+    Parameters
+    ----------
+    model : CellTyper
+    batch : Tensor, shape (B, 3, H, W), float32
+        RGB in [0, 1].
+    symmetries : {1, 2, 4, 8}
+        See `predict_maps`.
+    features : list of Tensor, optional
+        What the encoder gives for these tiles, if it is known already.
+
+    Returns
+    -------
+    dict of str to Tensor, each (B, C, H, W)
+    """
+    if symmetries == 1:
+        return model.activate(model(batch, features))
     total: dict[str, Tensor] = {}
-    for which in ORDER[:turns]:
-        maps = model.activate(model(turn(batch, which), known))
+    for which in ORDER[:symmetries]:
+        maps = model.activate(model(turn(batch, which), features))
         for name, values in maps.items():
             back = turn_back(values, which, vector=model.maps[name].vector)
             total[name] = total[name] + back if name in total else back
-    return {name: values / turns for name, values in total.items()} if turns > 1 else total
+    return {name: values / symmetries for name, values in total.items()}
 
 
 def predict_image(

@@ -20,13 +20,13 @@ from celltyper.checkpoints import load_model, model_folders
 from celltyper.datasets import Dataset
 from celltyper.errors import DataError
 from celltyper.evaluation import Estimate, Summary, evaluate, score_image, summarise
-from celltyper.inference import INDEX_FILE, read_index, read_predictions
+from celltyper.inference import read_index, read_predictions
 from celltyper.labels import label_ids, mean_in_labels
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.readers import open_dataset, open_parts
 from celltyper.report.html import write_report
 from celltyper.reporting import image_scores, make_report, notice_of, read_json
-from celltyper.runs import METRICS_FILE, RUN_FILE, evaluation_folder
+from celltyper.runs import INDEX_FILE, METRICS_FILE, RUN_FILE, evaluation_folder
 from celltyper.types import Prediction, Sample
 
 REPORT_FILE = "report.html"

@@ -29,6 +29,7 @@ from celltyper.models import CellTyper
 
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.csv"
+INDEX_FILE = "infer.json"
 LAST_FILE = "last.safetensors"
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.json"

@@ -6,13 +6,14 @@ that says what is wrong; it returns None if all is well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor, nn
 
 from celltyper.types import InstanceMethod, Labels, MapSpec
@@ -153,7 +154,8 @@ def check_instances(method: InstanceMethod) -> None:
     Parameters
     ----------
     method : InstanceMethod
-        Any object with ``maps``, ``encode`` and ``decode``.
+        Any object with ``maps``, ``encode`` and ``decode``, and perhaps ``foreground`` and
+        ``reach``.
 
     Raises
     ------
@@ -190,6 +192,57 @@ def check_instances(method: InstanceMethod) -> None:
         f"{who}: cells change when something large lies 30 px away; decode must use fixed "
         "constants, not statistics of the tile",
     )
+    if hasattr(method, "foreground"):
+        for spread in (0.5, 0.8):
+            _check_foreground(method, method.encode(cells), spread, who)
+    else:
+        _require(not hasattr(method, "reach"), f"{who} has reach, but no foreground it counts from")
+
+
+def _check_foreground(
+    method: Any, targets: Mapping[str, NDArray[np.float32]], spread: float, who: str
+) -> None:
+    """Check that cells keep to components of the foreground, and see no further than `reach`."""
+    random = np.random.default_rng(0)
+
+    def noise(amount: float) -> dict[str, NDArray[np.float32]]:
+        drawn = {name: random.standard_normal(m.shape) for name, m in targets.items()}
+        smooth = {name: ndimage.gaussian_filter(m, (0, 2, 2)) for name, m in drawn.items()}
+        return {name: (amount / m.std() * m).astype(np.float32) for name, m in smooth.items()}
+
+    # noise gives components of many shapes and many cells
+    maps = {name: targets[name] + m for name, m in noise(spread).items()}
+    found, mask = method.decode(maps), method.foreground(maps)
+    _require(
+        mask.shape == found.shape and mask.dtype == np.bool_,
+        f"{who}.foreground gives {mask.shape} {mask.dtype} instead of {found.shape} bool",
+    )
+    components = ndimage.label(mask)[0]
+    for i in np.unique(found[found > 0]):
+        cell = found == i
+        k = components[cell][0]
+        _require(k > 0, f"{who}: a cell starts outside of foreground")
+        filled = ndimage.binary_fill_holes(components == k)
+        _require(filled[cell].all(), f"{who}: a cell leaves its component of foreground")
+    if not hasattr(method, "reach"):
+        return
+    reach = method.reach
+    _require(
+        isinstance(reach, int) and reach >= 0,
+        f"{who}.reach must be an int, at least 0, got {reach!r}",
+    )
+    for k, box in enumerate(ndimage.find_objects(components), 1):
+        # at least 1, because foreground beside a component would be part of it
+        near = tuple(slice(max(s.start - max(reach, 1), 0), s.stop + max(reach, 1)) for s in box)
+        other = noise(10)
+        for name, m in maps.items():
+            other[name][(slice(None), *near)] = m[(slice(None), *near)]
+        own, again = (_starting_in(components == k, m) for m in (found, method.decode(other)))
+        _require(
+            np.array_equal(again > 0, own > 0) and _same_partition(again, own),
+            f"{who}: cells change with what lies further than reach ({reach} px) outside of the "
+            "bounding box of their component of foreground",
+        )
 
 
 def _check_maps(module: Any, images: Tensor, who: str) -> None:
@@ -303,6 +356,12 @@ def _check_same_cells(cells: Labels, found: Labels, who: str) -> None:
 def _same_partition(a: NDArray[Any], b: NDArray[Any]) -> bool:
     pairs = np.unique(np.stack([a[a > 0], b[a > 0]]), axis=1)
     return bool(len(np.unique(pairs[0])) == pairs.shape[1] == len(np.unique(pairs[1])))
+
+
+def _starting_in(mask: NDArray[np.bool_], labels: Labels) -> Labels:
+    """Labels whose first pixel lies in the mask."""
+    ids, first = np.unique(labels, return_index=True)
+    return np.where(np.isin(labels, ids[mask.flat[first]]), labels, 0)
 
 
 def _made_cells() -> Labels:

@@ -82,12 +82,25 @@ def read_padded(image: NDArray[np.uint8], region: Region) -> NDArray[np.uint8]:
     -------
     ndarray of uint8, shape (region.height, region.width, 3)
     """
-    rows = _mirror(np.arange(region.row, region.row + region.height), image.shape[0])
-    cols = _mirror(np.arange(region.col, region.col + region.width), image.shape[1])
+    rows = mirror(np.arange(region.row, region.row + region.height), image.shape[0])
+    cols = mirror(np.arange(region.col, region.col + region.width), image.shape[1])
     return image[rows[:, None], cols[None, :]]
 
 
-def _mirror(index: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Reflect indices about the edges, edge pixel repeated; works for any distance."""
+def mirror(index: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Reflect indices about the edges of an array, the edge pixel repeated.
+
+    Parameters
+    ----------
+    index : ndarray of int64
+        At any distance from the array.
+    size : int
+        Length of the array.
+
+    Returns
+    -------
+    ndarray of int64
+        In ``[0, size)``.
+    """
     folded: NDArray[np.int64] = index % (2 * size)
     return np.minimum(folded, 2 * size - 1 - folded)

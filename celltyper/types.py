@@ -128,6 +128,12 @@ class InstanceMethod(Protocol):
 
     Nothing to subclass: any object with these three members will do. See
     ``celltyper.testing.check_instances``.
+
+    Two more members are optional. Slides are decoded in blocks, and what is promised of the cells
+    depends on them (`celltyper.instances.blocks.decode_block`). ``foreground(maps)`` gives a mask,
+    bool (H, W). A cell starts, in raster order, in a 4-connected component of it, and has no pixel
+    outside of that but in its holes. ``reach``, int, says that what lies further than so many
+    pixels outside of the bounding box of a component changes nothing about the cells in it.
     """
 
     @property

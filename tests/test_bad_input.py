@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import celltyper.atomic
 import celltyper.loop
 import celltyper.training
+from celltyper.cells.morphology import Morphology
 from celltyper.checkpoints import read_tensors, write_tensors
 from celltyper.config import Config, dump_config
 from celltyper.training import train
@@ -254,7 +255,7 @@ def test_no_cells_is_a_valid_result(
     assert celltyper_command("infer", white, "-m", run, "-o", out, "--mpp", 0.5).code == 0
     cells = pq.read_table(out / "cells.parquet")
     columns = ["image", "cell_id", "x", "y", "area_um2", "area_px", "phenotype", "probability"]
-    columns += ["p_background", "p_blue", "p_brown"]
+    columns += [*Morphology._fields, "p_background", "p_blue", "p_brown"]
     assert cells.num_rows == 0
     assert cells.column_names == [*columns, "outline"]
     rows = (out / "cells.csv").read_text().splitlines()

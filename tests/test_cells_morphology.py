@@ -231,6 +231,12 @@ def test_unknown_mpp_leaves_lengths_open():
     assert found["solidity"] == [1]
 
 
+def test_pixels_that_are_not_square_count_as_squares_of_their_area():
+    labels = touching(np.random.default_rng(7), (40, 50), 9)
+    square, flat = (measure(labels, white(labels), mpp) for mpp in (0.5, (0.25, 1.0)))
+    np.testing.assert_array_equal(flat, square)
+
+
 @pytest.mark.parametrize("shape", [(5, 6), (0, 6), (5, 0), (0, 0)])
 def test_no_cells(shape):
     labels = np.zeros(shape, np.int32)
@@ -249,6 +255,6 @@ def test_errors():
         measure(-labels, white(labels), 0.5)
     with pytest.raises(ValueError, match=r"labels must be \(H, W\)"):
         measure(labels[None], white(labels), 0.5)
-    for mpp in (0, -0.5, math.nan, math.inf):
+    for mpp in (0, -0.5, math.nan, math.inf, (0.5, 0), (math.nan, 0.5)):
         with pytest.raises(DataError, match="mpp must be a positive number"):
             measure(labels, white(labels), mpp)

@@ -19,8 +19,8 @@ import yaml
 from PIL import Image
 
 from celltyper.cells.geojson import write_geojson
-from celltyper.cells.outlines import outlines
-from celltyper.cells.table import cells_table, write_csv, write_parquet
+from celltyper.cells.stream import write_csv
+from celltyper.cells.table import cells_table, write_parquet
 from celltyper.types import Prediction
 
 Run = Callable[..., Any]
@@ -429,14 +429,13 @@ def cells(field: Field, tmp_path: Path) -> Path:
         labels[row - 4 : row + 4, col - 6 : col + 6] = label
     labels[18:22, 18:22] = 0
     shares = np.full((8, 3), 1 / 3, np.float32)
-    found = outlines(labels)
     prediction = Prediction(
         labels, np.zeros((3, 1, 1), np.float32), shares, ("a", "b"), MPP, "field"
     )
-    table = cells_table(prediction, image="field", found=found)
+    table = cells_table(prediction, image="field")
     write_parquet(tmp_path / "cells.parquet", table)
     write_csv(tmp_path / "cells.csv", table)
-    write_geojson(tmp_path / "cells.geojson", table, found)
+    write_geojson(tmp_path / "cells.geojson", table)
     return tmp_path
 
 

@@ -62,7 +62,7 @@ def ours(labels: np.ndarray, cells: int, path: Path) -> dict[str, float]:
         prediction = Prediction(labels, maps, probabilities, CLASSES, 0.25)
         table = cells_table(prediction, found=found)
         tabled = time.perf_counter()
-        write_geojson(path, table, found)
+        write_geojson(path, table)
         written = time.perf_counter()
         return {
             "outlines": traced - start,

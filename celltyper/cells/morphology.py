@@ -59,7 +59,28 @@ class Morphology(NamedTuple):
     """Mean optical density of eosin, decimal logarithm."""
 
 
-def measure(labels: Labels, image: Image, mpp: float | None) -> Morphology:
+def pixel_size(mpp: float | tuple[float, float] | None) -> tuple[float, float] | None:
+    """Width and height of a pixel in micrometres, None if unknown.
+
+    Parameters
+    ----------
+    mpp : float, (float, float) or None
+        Micrometres per pixel, of square pixels or along x and y.
+
+    Raises
+    ------
+    DataError
+        If one is not a positive number.
+    """
+    if mpp is None:
+        return None
+    x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
+    if not (math.isfinite(x) and math.isfinite(y) and x > 0 and y > 0):
+        raise DataError(f"mpp must be a positive number of micrometres per pixel, got {mpp}")
+    return x, y
+
+
+def measure(labels: Labels, image: Image, mpp: float | tuple[float, float] | None) -> Morphology:
     """Shape and stain of every cell of an image.
 
     Parameters
@@ -69,8 +90,9 @@ def measure(labels: Labels, image: Image, mpp: float | None) -> Morphology:
         pixels of an id are one cell. Beyond the image is background.
     image : ndarray of uint8, shape (H, W, 3)
         RGB image.
-    mpp : float or None
-        Micrometres per pixel, None if unknown.
+    mpp : float, (float, float) or None
+        Micrometres per pixel, of square pixels or along x and y; None if unknown. Shapes are those
+        of square pixels: of two values that differ, lengths take the geometric mean.
 
     Returns
     -------
@@ -107,8 +129,7 @@ def measure(labels: Labels, image: Image, mpp: float | None) -> Morphology:
     >>> found.perimeter_um.tolist(), found.eccentricity.tolist(), found.solidity.tolist()
     ([0.5], [1.0], [1.0])
     """
-    if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
-        raise DataError(f"mpp must be a positive number of micrometres per pixel, got {mpp}")
+    pixel = pixel_size(mpp)
     if image.dtype != np.uint8:
         raise ValueError(f"image must be uint8, got {image.dtype}")
     boxes = label_boxes(labels)
@@ -134,7 +155,8 @@ def measure(labels: Labels, image: Image, mpp: float | None) -> Morphology:
     perimeter = straight + math.sqrt(2) * diagonal + (1 + math.sqrt(2)) / 2 * mixed
     red, green, blue = densities.T / area
     hematoxylin, eosin, _ = (red * a + green * b + blue * c for a, b, c in _UNMIX.T)
-    micrometres = math.nan if mpp is None else mpp
+    # Of equal sides the root of the square is the side itself, to the last bit.
+    micrometres = math.nan if pixel is None else math.sqrt(pixel[0] * pixel[1])
     return Morphology(
         perimeter_um=perimeter * micrometres,
         axis_major_length_um=axis_major * micrometres,

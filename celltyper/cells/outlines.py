@@ -6,7 +6,7 @@ the pixels of the cell: no half-pixel shrinkage, no gaps or overlaps between tou
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
@@ -14,6 +14,47 @@ from numba import njit
 from numpy.typing import NDArray
 
 from celltyper.types import Labels
+
+
+class Place(NamedTuple):
+    """Where a label array lies on a slide.
+
+    The edge between its columns ``c - 1`` and ``c`` lies at ``x + scale_x * (col + c)`` on the
+    slide, that between its rows at ``y + scale_y * (row + r)``.
+
+    Parameters
+    ----------
+    x, y : float
+        Pixels of the slide's full resolution (level 0): the origin of the label array, or, if
+        `row` and `col` are given, that of the grid of label pixels.
+    scale_x, scale_y : float
+        Pixels of the full resolution per label pixel.
+    row, col : int
+        Pixel ``[0, 0]`` of the label array, counted in label pixels from the grid's origin. With
+        them a cell comes out with the same bits from whichever array of the grid it is taken;
+        moving the origin instead would round.
+
+    Examples
+    --------
+    >>> place = Place(0, 0, 2.5, 2.5, row=100, col=40)
+    >>> place.xs(np.array([0, 1])).tolist(), place.ys(np.array([0, 1])).tolist()
+    ([100.0, 102.5], [250.0, 252.5])
+    """
+
+    x: float = 0.0
+    y: float = 0.0
+    scale_x: float = 1.0
+    scale_y: float = 1.0
+    row: int = 0
+    col: int = 0
+
+    def xs(self, columns: NDArray[Any]) -> NDArray[np.float64]:
+        """Columns of the label array, pixel edges being whole numbers, on the slide."""
+        return self.x + self.scale_x * (columns + np.float64(self.col))
+
+    def ys(self, rows: NDArray[Any]) -> NDArray[np.float64]:
+        """Rows of the label array, pixel edges being whole numbers, on the slide."""
+        return self.y + self.scale_y * (rows + np.float64(self.row))
 
 
 class Outlines(NamedTuple):

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from celltyper.atomic import atomic_path
-from celltyper.cells.outlines import Outlines, outlines
-from celltyper.cells.wkb import to_wkb
+from celltyper.cells.colors import default_colors
+from celltyper.cells.morphology import Morphology, pixel_size
+from celltyper.cells.outlines import Outlines, Place, outlines
+from celltyper.cells.wkb import extent, to_wkb
 from celltyper.errors import DataError
-from celltyper.labels import centroids, label_boxes
-from celltyper.types import Prediction
+from celltyper.labels import LabelBoxes, centroids, label_boxes
+from celltyper.types import Labels, Prediction
 
 _REQUIRED = ("cell_id", "x", "y", "area_um2", "area_px", "phenotype", "probability", "outline")
+
+ROW_GROUP = 1 << 16
+"""Cells that are compressed together in a file."""
 
 
 def cells_table(
     prediction: Prediction,
-    mpp: float | None = None,
+    mpp: float | tuple[float, float] | None = None,
     *,
     image: str | None = None,
     found: Outlines | None = None,
+    measured: Morphology | None = None,
+    place: Place | None = None,
 ) -> pa.Table:
     """One row per cell of a prediction, as described in ``docs/outputs.md``.
 
@@ -35,13 +43,19 @@ def cells_table(
     ----------
     prediction : Prediction
         Labels must be ``1..n`` for n cells.
-    mpp : float, optional
-        Micrometres per pixel of the labels; by default ``prediction.mpp``. If both are None,
-        ``area_um2`` is null.
+    mpp : float or (float, float), optional
+        Micrometres per pixel of the labels, wherever they lie, of square pixels or along x and y;
+        by default ``prediction.mpp``. If both are None, ``area_um2`` is null.
     image : str, optional
         If given, the first column ``image`` holds it in every row.
     found : Outlines, optional
         `outlines` of the labels, if they are known already.
+    measured : Morphology, optional
+        From `celltyper.cells.morphology.measure` of the same labels: adds its columns.
+    place : Place, optional
+        Where the labels lie on a slide: ``x``, ``y``, ``outline`` and ``area_px`` are then those
+        on the slide, and so is the mpp in the metadata. A cell has the same row whichever part of
+        the slide it is taken from, if the place has the same grid.
 
     Returns
     -------
@@ -50,18 +64,21 @@ def cells_table(
         (0.5, 0.5)), ``phenotype`` the most probable foreground class, ``probability`` its mean
         softmax inside the cell (not renormalised without background). Without cells, zero rows
         and the same columns. The schema's metadata has ``geo`` (GeoParquet 1.1) and
-        ``celltyper`` (classes, colors, mpp).
+        ``celltyper`` (classes, colors, mpp of the coordinates: one number, or x and y).
 
     Raises
     ------
     DataError
-        If labels and cell probabilities do not belong together, or class names would give two
-        columns of one name.
+        If labels, cell probabilities and measurements do not belong together, or class names
+        would give two columns of one name.
+    ValueError
+        If the scales of `place` are not positive.
     """
-    mpp = prediction.mpp if mpp is None else mpp
+    pixel = pixel_size(prediction.mpp if mpp is None else mpp)
+    place = place or Place()
+    if not (math.inf > place.scale_x > 0 and math.inf > place.scale_y > 0):
+        raise ValueError(f"scales of a place must be positive, got {place}")
     classes, n = prediction.classes, len(prediction)
-    if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
-        raise DataError(f"mpp must be a positive number of micrometres per pixel, got {mpp}")
     boxes = label_boxes(prediction.labels)
     if not np.array_equal(boxes.ids, np.arange(1, n + 1)):
         raise DataError(
@@ -74,31 +91,43 @@ def cells_table(
             f"image {prediction.name!r}: cell probabilities must be (n, {len(classes) + 1}) "
             f"for {len(classes)} classes, got {probabilities.shape}"
         )
+    if measured is not None and len(measured.solidity) != n:
+        raise DataError(
+            f"image {prediction.name!r}: {len(measured.solidity)} cells are measured, {n} are in "
+            "the labels"
+        )
     found = outlines(prediction.labels) if found is None else found
-    centers = centroids(prediction.labels) + 0.5
+    centers = _centers(prediction.labels, boxes, place)
     phenotypes = prediction.phenotypes[1:]
-    unknown = np.full(n, mpp is None)
+    unknown = np.full(n, pixel is None)
+    width, height = pixel or (0.0, 0.0)
+    area_px = np.rint(boxes.area * (place.scale_x * place.scale_y)).astype(np.int64)
     columns: list[tuple[str, Any]] = [] if image is None else [("image", _same(image, n))]
     columns += [
         ("cell_id", pa.array(boxes.ids, pa.int32())),
         ("x", pa.array(centers[:, 1], pa.float64())),
         ("y", pa.array(centers[:, 0], pa.float64())),
-        ("area_um2", pa.array(boxes.area * (mpp or 0.0) ** 2, pa.float64(), mask=unknown)),
-        ("area_px", pa.array(boxes.area, pa.int64())),
+        ("area_um2", pa.array(boxes.area * (width * height), pa.float64(), mask=unknown)),
+        ("area_px", pa.array(area_px)),
         ("phenotype", _phenotype_column(phenotypes.astype(np.int16), classes)),
         ("probability", pa.array(probabilities[np.arange(n), phenotypes], pa.float32())),
     ]
+    if measured is not None:
+        # Lengths are NaN where the mpp is unknown; from_pandas makes them null.
+        columns += [
+            (name, pa.array(values, pa.float64(), from_pandas=True))
+            for name, values in measured._asdict().items()
+        ]
     for k, name in enumerate(("background", *classes)):
         columns.append((f"p_{name}", pa.array(probabilities[:, k], pa.float32())))
-    columns.append(("outline", to_wkb(found)))
+    columns.append(("outline", to_wkb(found, place)))
     names = [name for name, _ in columns]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"two columns named {', '.join(twice)}: rename one of the classes")
-    facts = {"classes": classes, "colors": prediction.colors, "mpp": mpp}
-    metadata = {"geo": json.dumps(_geo(found)), "celltyper": json.dumps(facts)}
-    table = pa.table(dict(columns))
-    return table.replace_schema_metadata(metadata)
+    facts = {"classes": classes, "colors": prediction.colors, "mpp": _on_slide(pixel, place)}
+    table = pa.table(dict(columns), metadata={"celltyper": json.dumps(facts)})
+    return table.replace_schema_metadata(metadata_of(table))
 
 
 def concat_cells(tables: Sequence[pa.Table]) -> pa.Table:
@@ -119,23 +148,72 @@ def concat_cells(tables: Sequence[pa.Table]) -> pa.Table:
     DataError
         If columns or classes differ.
     """
-    if any(not t.schema.equals(tables[0].schema) for t in tables) or any(
-        classes_of(t) != classes_of(tables[0]) for t in tables
-    ):
-        raise DataError("cell tables with different columns or classes cannot be stacked")
-    columns = [json.loads(t.schema.metadata[b"geo"])["columns"]["outline"] for t in tables]
-    geo = json.loads(tables[0].schema.metadata[b"geo"])
+    for table in tables[1:]:
+        check_alike(tables[0], table)
+    stacked = pa.concat_tables(tables).unify_dictionaries()
+    return stacked.replace_schema_metadata(joint_metadata(map(metadata_of, tables)))
+
+
+def check_alike(first: pa.Table, other: pa.Table) -> None:
+    """Check that two cell tables have the same columns and classes.
+
+    Raises
+    ------
+    DataError
+        If not, naming what differs.
+    """
+    if not other.schema.equals(first.schema):
+        differ = sorted({f.name for f in set(first.schema) ^ set(other.schema)}) or ["their order"]
+        what = f"columns ({', '.join(differ)})"
+    elif classes_of(other) != classes_of(first):
+        what = f"classes ({', '.join(classes_of(first))}; {', '.join(classes_of(other))})"
+    else:
+        return
+    raise DataError(f"cell tables with different {what} cannot be stacked")
+
+
+def metadata_of(table: pa.Table) -> dict[bytes, bytes]:
+    """Metadata of a cell table, with the bounding box and kinds of the outlines it has by now."""
+    kinds, bounds = extent(table["outline"])
+    outline: dict[str, Any] = {
+        "encoding": "WKB",
+        "geometry_types": kinds,
+        "crs": None,
+        "orientation": "counterclockwise",
+        "edges": "planar",
+    }
+    if bounds is not None:
+        outline["bbox"] = bounds
+    geo = {"version": "1.1.0", "primary_column": "outline", "columns": {"outline": outline}}
+    return {b"geo": json.dumps(geo).encode(), b"celltyper": table.schema.metadata[b"celltyper"]}
+
+
+def joint_metadata(parts: Iterable[Mapping[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Metadata of cell tables of the same columns and classes put together.
+
+    Parameters
+    ----------
+    parts : iterable of mapping
+        From `metadata_of`, at least one.
+
+    Returns
+    -------
+    dict of bytes to bytes
+        As the first, but the bounding box spans all outlines, geometry types are those of all, and
+        the mpp is null if it differs.
+    """
+    parts = list(parts)
+    geo = json.loads(parts[0][b"geo"])
     outline = geo["columns"]["outline"]
+    columns = [json.loads(part[b"geo"])["columns"]["outline"] for part in parts]
     outline["geometry_types"] = sorted({kind for c in columns for kind in c["geometry_types"]})
     boxes = np.array([c["bbox"] for c in columns if "bbox" in c], float)
     if len(boxes):
         outline["bbox"] = [*boxes[:, :2].min(axis=0).tolist(), *boxes[:, 2:].max(axis=0).tolist()]
-    facts = [_facts(t) for t in tables]
-    shared = {**facts[0], "mpp": facts[0]["mpp"] if len({f["mpp"] for f in facts}) == 1 else None}
-    stacked = pa.concat_tables(tables).unify_dictionaries()
-    return stacked.replace_schema_metadata(
-        {"geo": json.dumps(geo), "celltyper": json.dumps(shared)}
-    )
+    facts = [json.loads(part[b"celltyper"]) for part in parts]
+    alike = all(f["mpp"] == facts[0]["mpp"] for f in facts)
+    shared = {**facts[0], "mpp": facts[0]["mpp"] if alike else None}
+    return {b"geo": json.dumps(geo).encode(), b"celltyper": json.dumps(shared).encode()}
 
 
 def classes_of(table: pa.Table) -> tuple[str, ...]:
@@ -143,20 +221,37 @@ def classes_of(table: pa.Table) -> tuple[str, ...]:
     return tuple(_facts(table)["classes"])
 
 
+def colors_of(table: pa.Table, overrides: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """Colors ``#rrggbb`` of the phenotypes of a cell table, in the order of the class ids.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        From `cells_table`.
+    overrides : mapping of str to str, optional
+        Colors that win over the model's own, by phenotype; the rest is `default_colors`.
+
+    Raises
+    ------
+    ConfigError
+        If an override names no class or is not ``#rrggbb``.
+    """
+    classes = classes_of(table)
+    own = dict(zip(classes, _facts(table)["colors"], strict=False))
+    return default_colors(classes, {**own, **(overrides or {})})
+
+
+def mpp_of(table: pa.Table) -> tuple[float, float] | None:
+    """Micrometres per pixel of a cell table's coordinates along x and y, None if unknown."""
+    mpp = _facts(table)["mpp"]
+    return pixel_size(tuple(mpp) if isinstance(mpp, list) else mpp)
+
+
 def write_parquet(path: str | Path, table: pa.Table) -> None:
     """Write a cell table as GeoParquet 1.1, atomically; errors as in `atomic_path`."""
+    table = table.replace_schema_metadata(metadata_of(table))
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=65536)
-
-
-def write_csv(path: str | Path, table: pa.Table) -> None:
-    """Write a cell table as CSV without the outlines, atomically; errors as in `atomic_path`."""
-    flat = table.drop_columns("outline")
-    for i, column in enumerate(flat.schema):
-        if pa.types.is_dictionary(column.type):
-            flat = flat.set_column(i, column.name, flat[column.name].cast(pa.string()))
-    with atomic_path(path) as temporary:
-        pyarrow.csv.write_csv(flat, temporary)
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP)
 
 
 def read_cells(path: str | Path) -> pa.Table:
@@ -173,13 +268,45 @@ def read_cells(path: str | Path) -> pa.Table:
     except (OSError, pa.ArrowException) as error:
         reason = "no such file" if not path.exists() else str(error).splitlines()[0]
         raise DataError(f"cannot read cells from {path}: {reason}") from error
-    missing = [name for name in _REQUIRED if name not in table.column_names]
-    if missing or b"celltyper" not in (table.schema.metadata or {}):
+    check_columns(path, table.schema)
+    return table
+
+
+def check_columns(path: Path, schema: pa.Schema) -> None:
+    """Check that a file's schema is that of a cell table.
+
+    Raises
+    ------
+    DataError
+        If a column or the metadata is missing.
+    """
+    missing = [name for name in _REQUIRED if name not in schema.names]
+    if missing or not {b"geo", b"celltyper"} <= (schema.metadata or {}).keys():
         raise DataError(
             f"{path} is not a table of cells written by celltyper"
             + (f": no column {', '.join(missing)}" if missing else ": its metadata is missing")
         )
-    return table
+
+
+def _centers(labels: Labels, boxes: LabelBoxes, place: Place) -> NDArray[np.float64]:
+    # Sums of pixel coordinates are whole numbers: counted from the grid's origin, the one rounding
+    # is the same from whichever array the cell is taken.
+    area = boxes.area[:, None]
+    sums = np.rint(centroids(labels) * area) + area * np.array([place.row, place.col])
+    rows, columns = (sums / area + 0.5).T
+    return np.stack((place.y + place.scale_y * rows, place.x + place.scale_x * columns), axis=1)
+
+
+def _on_slide(pixel: tuple[float, float] | None, place: Place) -> float | list[float] | None:
+    """Metadata for the mpp of the coordinates."""
+    if pixel is None:
+        return None
+    # Twelve digits, so that 0.5 / (0.5 / 0.2501) reads 0.2501 again.
+    x, y = (
+        side if scale == 1 else float(f"{side / scale:.12g}")
+        for side, scale in zip(pixel, (place.scale_x, place.scale_y), strict=True)
+    )
+    return x if x == y else [x, y]
 
 
 def _same(text: str, n: int) -> pa.Array:
@@ -193,19 +320,3 @@ def _phenotype_column(phenotypes: Any, classes: Sequence[str]) -> pa.Array:
 def _facts(table: pa.Table) -> Mapping[str, Any]:
     facts: Mapping[str, Any] = json.loads(table.schema.metadata[b"celltyper"])
     return facts
-
-
-def _geo(found: Outlines) -> dict[str, Any]:
-    several = np.diff(found.cell_offsets) > 1
-    kinds = ["MultiPolygon"] * bool(several.any()) + ["Polygon"] * bool((~several).any())
-    column: dict[str, Any] = {
-        "encoding": "WKB",
-        "geometry_types": kinds,
-        "crs": None,
-        "orientation": "counterclockwise",
-        "edges": "planar",
-    }
-    if len(found.coordinates):
-        low, high = found.coordinates.min(axis=0), found.coordinates.max(axis=0)
-        column["bbox"] = [float(v) for v in (*low, *high)]
-    return {"version": "1.1.0", "primary_column": "outline", "columns": {"outline": column}}

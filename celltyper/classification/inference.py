@@ -44,11 +44,10 @@ from celltyper.patches.tables import read_csv
 from celltyper.patches.windows import read_header
 from celltyper.predict import check_mpp, pick_device
 from celltyper.readers.meta import read_meta
-from celltyper.runs import CONFIG_FILE
+from celltyper.runs import CONFIG_FILE, INDEX_FILE
 
 logger = logging.getLogger("celltyper")
 
-INDEX_FILE = "infer.json"
 CSV_FILE = "patches.csv"
 PARQUET_FILE = "patches.parquet"
 GEOJSON_FILE = "patches.geojson"

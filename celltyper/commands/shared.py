@@ -67,7 +67,47 @@ IMAGES = click.option(
     "--images", type=PATH, help="Patches: folder of the images that a table names."
 )
 
-CELLS_ONLY = ("precision", "allow_code", "taxonomy")
+_SLIDES = (
+    click.option(
+        "--tissue",
+        default="auto",
+        show_default=True,
+        metavar="auto|all|FILE",
+        help="Slides: where to look: by color, everywhere, a mask image or QuPath GeoJSON.",
+    ),
+    click.option("--region", metavar="X,Y,W,H", help="Slides: only here, in full-resolution px."),
+    click.option(
+        "--workers",
+        default=1,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Slides: processes on this machine.",
+    ),
+    click.option(
+        "--cluster", metavar="ADDRESS", help="Slides: scheduler of a running Dask cluster."
+    ),
+    click.option("--keep-maps", is_flag=True, help="Slides: keep the stitched maps (zarr)."),
+    click.option("--strict", is_flag=True, help="Slides: a damaged tile is an error."),
+    click.option(
+        "--block",
+        default=2048,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Slides: side of what is worked on at a time, px.",
+    ),
+)
+SLIDES_ONLY = ("tissue", "region", "workers", "cluster", "keep_maps", "strict", "block")
+"""Options without effect on images that are worked on as a whole."""
+
+
+def slides(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of what is done to slides."""
+    for option in reversed(_SLIDES):
+        command = option(command)
+    return command
+
+
+CELLS_ONLY = (*SLIDES_ONLY, "precision", "allow_code", "taxonomy")
 """Options without effect on patches."""
 PATCHES_ONLY = ("points", "images", "skip_bad", "against", "classes", "folds", "size")
 """Options without effect on images of cells."""
@@ -87,6 +127,12 @@ def reading(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in READING:
         command = option(command)
     return command
+
+
+def given(names: Iterable[str]) -> bool:
+    """Whether one of the options was given on the command line."""
+    context = click.get_current_context()
+    return any(context.get_parameter_source(n) is ParameterSource.COMMANDLINE for n in names)
 
 
 def refuse(names: Iterable[str], why: str) -> None:

@@ -91,6 +91,16 @@ class Centers:
             "boundary": MapSpec(1, "sigmoid", "bce_dice"),
         }
 
+    def foreground(self, maps: Maps) -> NDArray[np.bool_]:
+        """Where nuclei are, as `celltyper.types.InstanceMethod` says.
+
+        There is no ``reach``: votes of neighbours run together into basins without end, though
+        what lies further off than the longest offset and the radius changes few pixels.
+        """
+        wanted = {"nucleus": self.maps["nucleus"]}
+        mask: NDArray[np.bool_] = checked_maps(maps, wanted)["nucleus"][0] >= self.threshold
+        return mask
+
     def encode(self, labels: Labels) -> dict[str, NDArray[np.float32]]:
         """Targets for labels.
 
@@ -130,7 +140,7 @@ class Centers:
         trip is above .998 on CoNSeP and on the H&E fields of the Data Science Bowl 2018.
         """
         given = checked_maps(maps, self.maps)
-        mask = given["nucleus"][0] >= self.threshold
+        mask = self.foreground(given)
         votes = np.zeros(mask.shape, np.float32)
         target = np.full(mask.shape, -1, np.int32)
         _vote(mask, given["centers"], given["boundary"][0], self.scale, votes, target)

@@ -63,6 +63,17 @@ class Distance:
             "distance": MapSpec(1, "identity", "smooth_l1"),
         }
 
+    @property
+    def reach(self) -> int:
+        """The distances are averaged so far."""
+        return self.radius
+
+    def foreground(self, maps: Maps) -> NDArray[np.bool_]:
+        """Where nuclei are, as `celltyper.types.InstanceMethod` says."""
+        wanted = {"nucleus": self.maps["nucleus"]}
+        mask: NDArray[np.bool_] = checked_maps(maps, wanted)["nucleus"][0] >= self.threshold
+        return mask
+
     def encode(self, labels: Labels) -> dict[str, NDArray[np.float32]]:
         """Targets for labels.
 
@@ -94,7 +105,7 @@ class Distance:
         Science Bowl 2018; under noise it parts touching nuclei less reliably than ``hv``.
         """
         given = checked_maps(maps, self.maps)
-        mask, distance = given["nucleus"][0] >= self.threshold, given["distance"][0]
+        mask, distance = self.foreground(given), given["distance"][0]
         energy = np.zeros(mask.shape, np.uint8)
         _depth_levels(smooth(distance, self.radius), energy)
         return flood(

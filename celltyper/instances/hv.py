@@ -80,6 +80,17 @@ class HV:
             "hv": MapSpec(2, "identity", "hv", vector=True),
         }
 
+    @property
+    def reach(self) -> int:
+        """Slopes as far away as they are averaged, each of which takes one pixel more."""
+        return self.radius + 1
+
+    def foreground(self, maps: Maps) -> NDArray[np.bool_]:
+        """Where nuclei are, as `celltyper.types.InstanceMethod` says."""
+        wanted = {"nucleus": self.maps["nucleus"]}
+        mask: NDArray[np.bool_] = checked_maps(maps, wanted)["nucleus"][0] >= self.threshold
+        return mask
+
     def encode(self, labels: Labels) -> dict[str, NDArray[np.float32]]:
         """Targets for labels.
 
@@ -111,7 +122,7 @@ class HV:
         the round trip is .98 on CoNSeP and .99 on the H&E fields of the Data Science Bowl 2018.
         """
         given = checked_maps(maps, self.maps)
-        mask, hv = given["nucleus"][0] >= self.threshold, given["hv"]
+        mask, hv = self.foreground(given), given["hv"]
         energy = np.zeros(mask.shape, np.uint8)
         if mask.size:
             _fall(mask, hv, binomial(self.radius), 255 / self.scale, energy)

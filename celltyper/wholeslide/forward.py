@@ -1,0 +1,123 @@
+"""From the pixels of a block to its maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from threading import Event, Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from celltyper.models import CellTyper
+from celltyper.predict import activated_maps, autocast
+from celltyper.slides import Slide, read_ahead
+from celltyper.tiling import Region, Tile, mirror
+from celltyper.types import Image
+from celltyper.wholeslide.maps import dtype_of, quantise
+
+READERS = 2
+"""Threads that decode the slide ahead of the model."""
+
+
+class Stopped(Exception):  # noqa: N818 - no error: somebody asked for it
+    """The work was told to stop."""
+
+
+@torch.inference_mode()
+def forward_tiles(
+    model: CellTyper,
+    slide: Slide,
+    region: Region,
+    tiles: Sequence[Tile],
+    *,
+    mpp: float | None,
+    shape: tuple[int, int],
+    batch_size: int,
+    symmetries: int,
+    precision: str,
+    turn: Lock,
+    stop: Event,
+    progress: Callable[[int], None],
+) -> dict[str, NDArray[Any]]:
+    """Run the model over the tiles of a region.
+
+    Parameters
+    ----------
+    model : CellTyper
+        In evaluation mode.
+    slide : Slide
+    region : Region
+        What to give maps of.
+    tiles : sequence of Tile
+        Whose write regions lie in `region`; what none covers is 0.
+    mpp : float or None
+        Resolution at which the slide is read.
+    shape : (int, int)
+        Height and width of the slide at this resolution: beyond, it is mirrored.
+    batch_size, symmetries, precision
+        As in `celltyper.predict.predict_maps`.
+    turn : Lock
+        Held while the model runs: other threads read and write meanwhile.
+    stop : Event
+        Looked at between batches.
+    progress : callable
+        Called with the number of tiles of every batch.
+
+    Returns
+    -------
+    dict of str to ndarray, each (C, region.height, region.width)
+        Quantised maps.
+
+    Raises
+    ------
+    Stopped
+        If `stop` is set.
+    """
+    out: dict[str, NDArray[Any]] = {
+        name: np.zeros((spec.channels, region.height, region.width), dtype_of(spec))
+        for name, spec in model.maps.items()
+    }
+    around, pixels = _pixels(slide, tiles, mpp, shape)
+    with turn:
+        for start in range(0, len(tiles), batch_size):
+            if stop.is_set():
+                raise Stopped
+            part = tiles[start : start + batch_size]
+            windows = np.stack([pixels[_inside(t.read, around).slices] for t in part])
+            batch = torch.from_numpy(windows).to(model.device).permute(0, 3, 1, 2).float() / 255
+            with autocast(model.device, precision):
+                means = activated_maps(model, batch, symmetries)
+            for name, values in means.items():
+                kept = quantise(values, model.maps[name])
+                for i, (read, write) in enumerate(part):
+                    here = _inside(write, read)
+                    out[name][:, *_inside(write, region).slices] = kept[i][:, *here.slices]
+            progress(len(part))
+    return out
+
+
+def _pixels(
+    slide: Slide, tiles: Sequence[Tile], mpp: float | None, shape: tuple[int, int]
+) -> tuple[Region, Image]:
+    """Read what the tiles see once, as one image, and where it lies."""
+    top, left = min(t.read.row for t in tiles), min(t.read.col for t in tiles)
+    bottom = max(t.read.row + t.read.height for t in tiles)
+    right = max(t.read.col + t.read.width for t in tiles)
+    around = Region(top, left, bottom - top, right - left)
+    rows, cols = mirror(np.arange(top, bottom), shape[0]), mirror(np.arange(left, right), shape[1])
+    low, first = int(rows.min()), int(cols.min())
+    high, last = int(rows.max()) + 1, int(cols.max()) + 1
+    band = tiles[0].read.height
+    bands = [
+        Region(row, first, min(band, high - row), last - first) for row in range(low, high, band)
+    ]
+    pixels = np.concatenate(list(read_ahead(slide, bands, mpp, threads=READERS)))
+    if (top, left, bottom, right) == (low, first, high, last):
+        return around, pixels
+    return around, pixels[rows[:, None] - low, cols[None, :] - first]
+
+
+def _inside(region: Region, around: Region) -> Region:
+    return region._replace(row=region.row - around.row, col=region.col - around.col)

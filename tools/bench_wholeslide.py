@@ -1,0 +1,190 @@
+"""What a slide costs beside the network: time per megapixel, memory, cells; and at which size.
+
+    python tools/bench_wholeslide.py --side 4096 --side 16384 --side 60000 -o FOLDER
+
+Made JPEG pyramids (SVS-like TIFF, 0.25 micrometres per pixel) are worked on from reading to
+parquet, GeoJSON and report, by a model that gives maps of made nuclei at once, whatever it sees.
+Each size runs in a process of its own, whose largest resident memory is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import tifffile
+import torch
+from torch import Tensor, nn
+
+from celltyper.instances import HV
+from celltyper.models import PHENOTYPE
+from celltyper.slides import open_slide, tissue_mask
+from celltyper.types import MapSpec
+from celltyper.wholeslide import infer_slide
+
+TILE, OVERLAP = 256, 64
+STEP = TILE - OVERLAP
+JPEG_TILE = 512
+CLASSES = ("neoplastic", "inflammatory", "connective")
+
+
+def pattern() -> np.ndarray:
+    """Labels of nuclei on a square that repeats seamlessly."""
+    rng = np.random.default_rng(0)
+    labels = np.zeros((STEP, STEP), np.int32)
+    yy, xx = np.mgrid[:STEP, :STEP]
+    n = 0
+    for row in range(0, STEP, 24):
+        for col in range(0, STEP, 24):
+            y, x = row + rng.uniform(8, 16), col + rng.uniform(8, 16)
+            a, b, turn = rng.uniform(8, 13), rng.uniform(6, 10), rng.uniform(0, np.pi)
+            dy = (yy - y + STEP / 2) % STEP - STEP / 2
+            dx = (xx - x + STEP / 2) % STEP - STEP / 2
+            u, v = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
+            n += 1
+            labels[((u / a) ** 2 + (v / b) ** 2 <= 1) & (labels == 0)] = n
+    return labels
+
+
+class CannedModel(nn.Module):
+    """Gives the same maps for every tile; neighbours fit together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.instances = HV()
+        self.maps = {PHENOTYPE: MapSpec(4, "softmax", "bce_dice"), **self.instances.maps}
+        self.classes, self.colors, self.mpp = CLASSES, (), 0.25
+        self.tile, self.overlap, self.batch_size, self.symmetries = TILE, OVERLAP, 8, 1
+        labels = np.tile(pattern(), (3, 3))
+        # nuclei across the seam have one number on both sides, which is all that is needed here
+        maps = HV().encode(_parted(labels))
+        start = STEP - OVERLAP // 2
+        cut = slice(start, start + TILE)
+        nucleus = torch.from_numpy(maps["nucleus"][:, cut, cut].copy())
+        kind = torch.from_numpy(np.eye(3, dtype=np.float32)[labels[cut, cut] % 3]).permute(2, 0, 1)
+        soft = 0.9 * kind + 0.1 / 3
+        self.canned = {
+            PHENOTYPE: torch.cat([1 - nucleus, nucleus * soft]),
+            "nucleus": 0.02 + 0.96 * nucleus,
+            "hv": torch.from_numpy(maps["hv"][:, cut, cut].copy()),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Of the maps."""
+        return self.weight.device
+
+    def forward(self, images: Tensor, features: object = None) -> dict[str, Tensor]:
+        """Maps, as often as there are images; nothing is computed or copied."""
+        return {name: each.expand(len(images), *each.shape) for name, each in self.canned.items()}
+
+    def activate(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        """They are activated already."""
+        return raw
+
+
+def _parted(labels: np.ndarray) -> np.ndarray:
+    """Give copies of one nucleus numbers of their own."""
+    from skimage.measure import label
+
+    return label(labels, connectivity=1, background=0).astype(np.int32)
+
+
+def make_slide(path: Path, side: int) -> None:
+    """JPEG pyramid whose left half is tissue-colored noise and whose right half is glass."""
+    rng = np.random.default_rng(1)
+    base = np.array([200, 130, 180]) + rng.normal(0, 18, (JPEG_TILE, JPEG_TILE, 1))
+    tissue = np.clip(base + rng.normal(0, 6, (JPEG_TILE, JPEG_TILE, 3)), 0, 255).astype(np.uint8)
+    glass = np.full_like(tissue, 244)
+
+    @cache
+    def encoded(width: int) -> bytes:
+        """A tile of which so many columns are tissue."""
+        image = np.concatenate([tissue[:, :width], glass[:, width:]], axis=1)
+        return bytes(simplejpeg.encode_jpeg(image, quality=85, colorsubsampling="422"))
+
+    def tiles(size: int) -> Iterator[bytes]:
+        n = -(-size // JPEG_TILE)
+        for _ in range(n):
+            for col in range(n):
+                yield encoded(min(JPEG_TILE, max(0, size // 2 - col * JPEG_TILE)))
+
+    common = {
+        "dtype": np.uint8,
+        "tile": (JPEG_TILE, JPEG_TILE),
+        "compression": "jpeg",
+        "photometric": "ycbcr",
+        "subsampling": (2, 1),
+        "resolutionunit": "CENTIMETER",
+    }
+    sizes = [side, side // 4, side // 16]
+    with tifffile.TiffWriter(path, bigtiff=True) as tiff:
+        for i, size in enumerate(sizes):
+            more = {"subifds": len(sizes) - 1} if i == 0 else {"subfiletype": 1}
+            density = 1e4 / (0.25 * side / size)
+            tiff.write(
+                tiles(size), shape=(size, size, 3), resolution=(density, density), **common, **more
+            )
+
+
+def run(path: Path, output: Path) -> dict[str, float]:
+    """One slide, in this process."""
+    model = CannedModel()
+    with open_slide(path) as slide:
+        started = time.perf_counter()
+        tissue = tissue_mask(slide)
+        facts = infer_slide(model, slide, output, tissue, overwrite=True, progress=False)
+    seconds = time.perf_counter() - started
+    pixels = facts["tiles"] * STEP**2 / 1e6
+    sizes = {f.name: f.stat().st_size / 1e6 for f in output.iterdir() if f.is_file()}
+    return {
+        "Mpx": pixels,
+        "cells": facts["cells"],
+        "seconds": seconds,
+        "Mpx/s": pixels / seconds,
+        "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "parquet MB": sizes["cells.parquet"],
+        "GeoJSON MB": sizes["cells.geojson"],
+    }
+
+
+def main() -> None:
+    """Run every size in a fresh process and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--side", type=int, action="append", required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.here:
+        (side,) = options.side
+        path = options.output / f"{side}.tif"
+        print(json.dumps(run(path, options.output / str(side))))
+        return
+    rows = []
+    for side in options.side:
+        path = options.output / f"{side}.tif"
+        if not path.exists():
+            make_slide(path, side)
+        command = [sys.executable, __file__, "--side", str(side), "-o", str(options.output)]
+        done = subprocess.run([*command, "--here"], check=True, capture_output=True, text=True)
+        rows.append({"side": side, **json.loads(done.stdout.splitlines()[-1])})
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|---" * len(rows[0]) + "|")
+    for row in rows:
+        shown = [f"{value:,.2f}" if value < 100 else f"{value:,.0f}" for value in row.values()]
+        print(f"| {' | '.join(shown)} |")
+
+
+if __name__ == "__main__":
+    main()
