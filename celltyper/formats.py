@@ -21,6 +21,7 @@ from celltyper.cells.geojson import write_geojson
 from celltyper.cells.omezarr import Progress, thumbnail_size, write_ome_zarr
 from celltyper.cells.scverse import write_anndata, write_spatialdata
 from celltyper.cells.stream import iter_cells, write_csv
+from celltyper.cells.tiles import write_geojson_tiles
 from celltyper.errors import CelltyperError, ConfigError, DataError, RunError, unknown_name
 from celltyper.slides import open_slide
 from celltyper.types import Image
@@ -29,6 +30,8 @@ logger = logging.getLogger("celltyper")
 
 INDEX_FILE = "infer.json"  # not from celltyper.runs, which imports torch
 CELLS_FILE = "cells.parquet"
+TILE = 8192
+"""Side in pixels of the squares of ``geojson-tiles``: tens of thousands of cells each."""
 _ROWS = 8192
 
 
@@ -72,8 +75,8 @@ def export_cells(
     folder : str or Path
         Output folder of `celltyper.infer`, of images or slides.
     to : str or sequence of str
-        Formats: ``"geojson"``, ``"geojson.gz"``, ``"csv"``, ``"ome-zarr"``, ``"spatialdata"``,
-        ``"anndata"``.
+        Formats: ``"geojson"``, ``"geojson.gz"``, ``"geojson-tiles"``, ``"csv"``, ``"ome-zarr"``,
+        ``"spatialdata"``, ``"anndata"``.
     output : str or Path, optional
         Folder to write to; by default `folder`.
     overwrite : bool
@@ -218,6 +221,12 @@ def _geojson(path: Path, images: Sequence[_Found], _: Mapping[str, Any], bar: tq
     write_geojson(path, _tables(images[0], bar))
 
 
+def _geojson_tiles(
+    path: Path, images: Sequence[_Found], _: Mapping[str, Any], bar: tqdm[Any]
+) -> None:
+    write_geojson_tiles(path, _tables(images[0], bar), TILE)
+
+
 def _csv(path: Path, images: Sequence[_Found], _: Mapping[str, Any], bar: tqdm[Any]) -> None:
     write_csv(path, _tables(images[0], bar))
 
@@ -269,6 +278,7 @@ def _thumbnail(found: _Found) -> Image | None:
 FORMATS = {
     "geojson": _Format("cells.geojson", _geojson),
     "geojson.gz": _Format("cells.geojson.gz", _geojson),
+    "geojson-tiles": _Format("cells.geojson.tiles", _geojson_tiles, store=True),
     "csv": _Format("cells.csv", _csv),
     "ome-zarr": _Format("cells.ome.zarr", _ome_zarr, store=True),
     "spatialdata": _Format(

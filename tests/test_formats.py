@@ -191,3 +191,20 @@ def test_flags_and_folder_that_do_not_fit(
     assert names(results) == {"cells.parquet", "infer.json"}
     code, out, err = celltyper_command("export", results, "--to", "csv", "-q")
     assert (code, out, err) == (0, "", "")
+
+
+def test_geojson_in_squares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("celltyper.formats.TILE", 40)
+    cells = made_cells(noise(SHAPE))
+    out = write_results(tmp_path / "out", {"one": cells}, SHAPE)
+    (path,) = export_cells(out, "geojson-tiles", progress=False)
+    x, y = cells["x"].to_numpy(), cells["y"].to_numpy()
+    squares = {(int(a // 40) * 40, int(b // 40) * 40) for a, b in zip(x, y, strict=True)}
+    assert names(path) == {f"{a}-{b}.geojson" for a, b in squares}
+    assert len(squares) > 2
+    found = [
+        feature["properties"]["measurements"]["cell_id"]
+        for file in path.iterdir()
+        for feature in json.loads(file.read_text())["features"]
+    ]
+    assert sorted(found) == cells["cell_id"].to_pylist()

@@ -20,7 +20,7 @@ from celltyper.formats import export_cells
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its libraries, about each other
-    spatialdata = pytest.importorskip("spatialdata")
+    import spatialdata
     from spatialdata.transformations import get_transformation
 
 

@@ -15,7 +15,7 @@ from celltyper.commands.shared import PATH, refuse, say, start_log
 @click.option(
     "--to",
     metavar="A,B",
-    help="Cells: geojson, geojson.gz, csv, ome-zarr, spatialdata, anndata.",
+    help="Cells: geojson, geojson.gz, geojson-tiles, csv, ome-zarr, spatialdata, anndata.",
 )
 @click.option(
     "--format",
