@@ -153,10 +153,11 @@ def infer(inputs: tuple[str, ...], model: Path, output: Path, quiet: bool, **opt
         say(quiet, inferred_text(done))
         return
     options = of_cells(options)
-    from celltyper.cohort import are_slides, infer_slides
+    from celltyper.cohort import are_slides, infer_slides, summary_text
 
     if given(SLIDES_ONLY) or are_slides(inputs):
         folder = infer_slides(inputs, model, output, progress=not quiet, **options)
+        say(quiet, summary_text(folder))
         say(quiet, f"report: {folder / 'report.html'}")
         return
     options = {name: value for name, value in options.items() if name not in SLIDES_ONLY}

@@ -202,7 +202,7 @@ def _flush(file: Path) -> None:
 
 def _tables(found: _Found, bar: tqdm[Any]) -> Iterator[pa.Table]:
     bar.unit = "cell"
-    for table in iter_cells(found.cells, rows=_ROWS):
+    for table in iter_cells(found.cells, rows=_ROWS, embeddings=False):
         yield table
         bar.update(table.num_rows)
 

@@ -32,15 +32,22 @@ from celltyper.models import CellTyper
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.readers.files import files_by_stem
 from celltyper.report.overlay import save_overlay
-from celltyper.runs import CONFIG_FILE, INDEX_FILE
+from celltyper.runs import INDEX_FILE
 from celltyper.types import Image, Prediction
+from celltyper.wholeslide.folder import (
+    CELLS_FILE,
+    GEOJSON_FILE,
+    LABELS_FILE,
+    check_free,
+    clear,
+    clear_folder,
+    is_slide,
+)
 
 logger = logging.getLogger("celltyper")
 
-LABELS_FILE = "labels.npz"
-CELLS_FILE = "cells.parquet"
-OUTPUT_FILES = (CELLS_FILE, "cells.csv", "cells.geojson", LABELS_FILE, "overlay.png")
-EVALUATION_FILES = ("metrics.json", "per_class.csv", "per_image.csv", "report.html")
+CSV_FILE = "cells.csv"
+OVERLAY_FILE = "overlay.png"
 
 
 def infer(
@@ -106,11 +113,13 @@ def infer(
     """
     output = Path(output)
     paths = find_images(inputs)
-    if (output / CONFIG_FILE).exists():
-        raise ConfigError(f"{output} holds a run; give another folder for the cells")
-    if (output / INDEX_FILE).exists() and not overwrite:
+    folders = {name: output if len(paths) == 1 else output / name for name in paths}
+    check_free(output)
+    held = [each for each in folders.values() if is_slide(each)]
+    if (held or (output / INDEX_FILE).exists()) and not overwrite:
         raise ConfigError(
-            f"{output} already holds results of infer; pass --overwrite or another folder"
+            f"{held[0] if held else output} already holds results of infer; pass --overwrite or "
+            "another folder"
         )
     check_mpp(mpp)
     place = pick_device(device)
@@ -126,7 +135,7 @@ def infer(
     )
     with bar:
         for name, path in paths.items():
-            folder = output if len(paths) == 1 else output / name
+            folder = folders[name]
             done = bar.n
 
             def show(tile: int, tiles: int, done: int = done) -> None:
@@ -157,7 +166,9 @@ def infer(
                 continue
             # From the first write on, the folder counts as unfinished until the index is there.
             if not entries:
-                _clear(output)
+                clear(output)
+                for each in held:
+                    clear_folder(each)
             tables.append(write_prediction(folder, image, prediction, model))
             entries.append(
                 {
@@ -197,25 +208,6 @@ def infer(
             f"(all in {output / INDEX_FILE}; the other {len(entries)} are done)"
         )
     return output
-
-
-def _clear(output: Path) -> None:
-    """Remove what an earlier inference wrote, and evaluations of it; nothing else."""
-    index = output / INDEX_FILE
-    if not index.is_file():
-        return
-    try:
-        folders = {output / entry["folder"] for entry in read_index(output)["images"]}
-    except DataError:
-        folders = {output}
-    index.unlink()
-    for folder in folders | {output}:
-        for name in OUTPUT_FILES if folder in folders else (CELLS_FILE,):
-            (folder / name).unlink(missing_ok=True)
-        if folder != output and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-    for name in EVALUATION_FILES:
-        (output / name).unlink(missing_ok=True)
 
 
 def find_images(inputs: Sequence[str | Path]) -> dict[str, Path]:
@@ -270,7 +262,7 @@ def write_prediction(
             cell_prob=prediction.cell_probabilities,
         )
     save_overlay(
-        folder / "overlay.png",
+        folder / OVERLAY_FILE,
         image,
         prediction.labels,
         prediction.phenotypes,
@@ -278,8 +270,8 @@ def write_prediction(
         colors,
         mpp=prediction.mpp,
     )
-    write_geojson(folder / "cells.geojson", table, dict(zip(model.classes, colors, strict=True)))
-    write_csv(folder / "cells.csv", table)
+    write_geojson(folder / GEOJSON_FILE, table, dict(zip(model.classes, colors, strict=True)))
+    write_csv(folder / CSV_FILE, table)
     write_parquet(folder / CELLS_FILE, table)
     return table
 
@@ -305,10 +297,15 @@ def read_predictions(folder: str | Path) -> list[Prediction]:
     Raises
     ------
     DataError
-        If the folder or one of its files is missing or damaged.
+        If the folder or one of its files is missing or damaged, or it holds cells of slides.
     """
     folder = Path(folder)
     facts = read_index(folder)
+    if any(entry.get("slide") for entry in facts["images"]):
+        raise DataError(
+            f"{folder} holds cells of slides, without the label images that scores need; infer the "
+            "annotated fields as images"
+        )
     return [_read_prediction(folder / e["folder"] / LABELS_FILE, e, facts) for e in facts["images"]]
 
 

@@ -184,7 +184,7 @@ def activated_maps(
     symmetries : {1, 2, 4, 8}
         See `predict_maps`.
     features : list of Tensor, optional
-        What the encoder gives for these tiles, if it is known already.
+        What the encoder gives for these tiles as they are, if it is known already.
 
     Returns
     -------
@@ -194,7 +194,9 @@ def activated_maps(
         return model.activate(model(batch, features))
     total: dict[str, Tensor] = {}
     for which in ORDER[:symmetries]:
-        maps = model.activate(model(turn(batch, which), features))
+        # the first of them is the tile as it is
+        known = None if total else features
+        maps = model.activate(model(turn(batch, which), known))
         for name, values in maps.items():
             back = turn_back(values, which, vector=model.maps[name].vector)
             total[name] = total[name] + back if name in total else back

@@ -157,7 +157,7 @@ def folder_without_images(image: Path, path: Path) -> Path:
         (truncated, "unreadable or truncated"),
         (text_as_png, "unreadable or truncated (cannot identify image file"),
         (empty_file, "unreadable or truncated"),
-        (table, "unreadable or truncated"),
+        (table, "no column 'slide'"),
         (deep, "only 0..255 are read, rescale the image to 8 bits"),
         (floating, "pixels are float32; save the image as 8-bit RGB"),
         (cmyk, "CMYK image; convert it to RGB first"),

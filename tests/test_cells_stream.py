@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 
-from celltyper.cells import stream
 from celltyper.cells.outlines import Place
 from celltyper.cells.stream import CellsWriter, iter_cells, write_csv
 from celltyper.cells.table import cells_table, concat_cells, read_cells, write_parquet
@@ -82,7 +81,7 @@ def test_geoparquet_metadata_spans_all_parts(tmp_path):
 
 @pytest.mark.parametrize("group", [8, 1000])
 def test_bytes_do_not_depend_on_the_cuts(tmp_path, monkeypatch, group):
-    monkeypatch.setattr(stream, "ROW_GROUP", group)
+    monkeypatch.setattr("celltyper.cells.table.ROW_GROUP", group)
     tables = [made(20, 1, image="a"), made(33, 2, image="b"), made(1, 3, image="c")]
     whole = concat_cells(tables)
     one = written(tmp_path / "one.parquet", [whole])
@@ -100,7 +99,7 @@ def test_bytes_do_not_depend_on_the_cuts(tmp_path, monkeypatch, group):
 
 
 def test_renumbered(tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "ROW_GROUP", 8)
+    monkeypatch.setattr("celltyper.cells.table.ROW_GROUP", 8)
     tables = [made(5, 1), made(0), made(9, 2), made(3, 3)]
     back = read_cells(written(tmp_path / "a.parquet", tables, renumber=True))
     assert back["cell_id"].to_pylist() == list(range(1, 18))
@@ -161,7 +160,7 @@ def test_a_failure_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 100])
 def test_parts_are_the_file(tmp_path, monkeypatch, rows):
-    monkeypatch.setattr(stream, "ROW_GROUP", 8)
+    monkeypatch.setattr("celltyper.cells.table.ROW_GROUP", 8)
     table = made(50, image="a")
     path = written(tmp_path / "a.parquet", [table])
     parts = list(iter_cells(path, rows=rows))

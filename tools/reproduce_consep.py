@@ -48,9 +48,7 @@ def main() -> None:
     # A fourth model of all images would cost each fold a quarter of its steps, and the mean of the
     # folds' maps measures better than one model: `celltyper infer IMAGES -m consep`.
     folds = options.output
-    run_protocol(
-        config, Protocol(folds=options.folds), folds, device=options.device, resume=True
-    )
+    run_protocol(config, Protocol(folds=options.folds), folds, device=options.device, resume=True)
     minutes = (time.monotonic() - started) / 60
     row = report_protocol(folds).rows[0]
     figures: dict[str, Figure] = {name: row.scores[name] for name in NAMES}

@@ -15,7 +15,14 @@ import zarr
 from celltyper.atomic import atomic_path
 from celltyper.cells.omezarr import CELLS, PHENOTYPES, Progress, paint_pyramids
 from celltyper.cells.stream import iter_cells
-from celltyper.cells.table import check_alike, classes_of, colors_of, mpp_of
+from celltyper.cells.table import (
+    EMBEDDING,
+    check_alike,
+    classes_of,
+    colors_of,
+    embeddings_of,
+    mpp_of,
+)
 
 _TABLE = "table"
 _REGION = "region"
@@ -37,7 +44,8 @@ def to_anndata(cells: Mapping[str, str | Path], facts: Mapping[str, Any] | None 
         ``X`` float32, cells x (background, classes): mean softmax inside the cell, rows sum to 1.
         ``obs`` named ``image-cell_id``: `image`, `phenotype` (categorical, in the order of the
         class ids) and all other columns with one number a cell. ``obsm["spatial"]``: x, y in
-        pixels of the image or of the slide's full resolution. ``uns``: ``phenotype_colors``, and
+        pixels of the image or of the slide's full resolution; ``obsm["X_encoder"]``: the
+        embeddings, float32, if the cells have any. ``uns``: ``phenotype_colors``, and
         ``celltyper``, with the mpp of every image in the table ``images``.
 
     Raises
@@ -59,6 +67,10 @@ def to_anndata(cells: Mapping[str, str | Path], facts: Mapping[str, Any] | None 
     classes, colors = classes_of(tables[0]), colors_of(tables[0])
     table = pa.concat_tables(tables).unify_dictionaries()
     of_class = {f"p_{name}": name for name in ("background", *classes)}
+    places = {}
+    if EMBEDDING in table.column_names:
+        places["X_encoder"] = embeddings_of(table)
+        table = table.drop_columns(EMBEDDING)
     frame = table.drop_columns([*of_class, "phenotype"]).to_pandas()
     frame.insert(0, "image", pd.Categorical.from_codes(np.repeat(range(len(cells)), sizes), cells))
     phenotype = pd.Categorical(table["phenotype"].to_pandas(), categories=classes)
@@ -73,7 +85,7 @@ def to_anndata(cells: Mapping[str, str | Path], facts: Mapping[str, Any] | None 
         probabilities,
         obs=frame,
         var=pd.DataFrame(index=list(of_class.values())),
-        obsm={"spatial": frame[["x", "y"]].to_numpy()},
+        obsm={"spatial": frame[["x", "y"]].to_numpy(), **places},
         uns={
             "phenotype_colors": list(colors),
             "celltyper": {**(facts or {}), "images": images},

@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 
 from celltyper.atomic import atomic_path
 from celltyper.cells.table import (
-    ROW_GROUP,
+    EMBEDDING,
     check_alike,
     check_columns,
     classes_of,
+    group_rows,
     joint_metadata,
     metadata_of,
+    parquet_options,
 )
 from celltyper.errors import DataError, unknown_name
 
@@ -73,13 +75,14 @@ class CellsWriter:
             check_columns(self._path, table.schema)
             self._metadata = metadata_of(table)
             self._first = table.slice(0, 0)
+            self._group_rows = group_rows(table.schema)
             # The final metadata is known at the end only, and so is the schema that holds it.
             self._file = self._stack.enter_context(
                 pq.ParquetWriter(
                     self._temporary,
                     table.schema.remove_metadata(),
-                    compression="zstd",
                     store_schema=False,
+                    **parquet_options(table.schema),
                 )
             )
         else:
@@ -95,12 +98,12 @@ class CellsWriter:
         self.rows += table.num_rows
         self._pending.append(table)
         self._pending_rows += table.num_rows
-        while self._pending_rows >= ROW_GROUP:
+        while self._pending_rows >= self._group_rows:
             self._flush()
 
     def _flush(self) -> None:
         cells = pa.concat_tables(self._pending)
-        group, rest = cells.slice(0, ROW_GROUP), cells.slice(ROW_GROUP)
+        group, rest = cells.slice(0, self._group_rows), cells.slice(self._group_rows)
         self._pending, self._pending_rows = [rest], rest.num_rows
         for i, field in enumerate(group.schema):
             if pa.types.is_dictionary(field.type):
@@ -113,7 +116,7 @@ class CellsWriter:
                 else:
                     coded = names.combine_chunks().dictionary_encode().cast(field.type)
                 group = group.set_column(i, field, coded)
-        self._file.write_table(group, row_group_size=ROW_GROUP)
+        self._file.write_table(group, row_group_size=self._group_rows)
 
     def __exit__(
         self,
@@ -135,7 +138,11 @@ class CellsWriter:
 
 
 def iter_cells(
-    path: str | Path, columns: Sequence[str] | None = None, rows: int = 1 << 14
+    path: str | Path,
+    columns: Sequence[str] | None = None,
+    rows: int = 1 << 14,
+    *,
+    embeddings: bool = True,
 ) -> Iterator[pa.Table]:
     """Read a cell table part by part.
 
@@ -147,6 +154,8 @@ def iter_cells(
         Those to read; by default all.
     rows : int
         Largest number of cells at once.
+    embeddings : bool
+        Whether "all" has the embeddings, if there are any.
 
     Returns
     -------
@@ -175,6 +184,8 @@ def iter_cells(
     except (DataError, ValueError):
         file.close()
         raise
+    if columns is None and not embeddings and EMBEDDING in schema.names:
+        columns = [name for name in schema.names if name != EMBEDDING]
     if columns is not None:
         schema = pa.schema([schema.field(name) for name in columns], schema.metadata)
     return _parts(file, path, schema, columns, rows)
@@ -223,7 +234,7 @@ def alike(tables: pa.Table | Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def write_csv(path: str | Path, tables: pa.Table | Iterable[pa.Table]) -> None:
-    """Write cells as CSV without the outlines, atomically.
+    """Write cells as CSV without outlines and embeddings, atomically.
 
     Parameters
     ----------
@@ -242,7 +253,7 @@ def write_csv(path: str | Path, tables: pa.Table | Iterable[pa.Table]) -> None:
     with atomic_path(path) as temporary, ExitStack() as stack:
         file = None
         for table in alike(tables):
-            flat = table.select([n for n in table.column_names if n != "outline"])
+            flat = table.select([n for n in table.column_names if n not in ("outline", EMBEDDING)])
             for i, field in enumerate(flat.schema):
                 if pa.types.is_dictionary(field.type):
                     flat = flat.set_column(i, field.name, flat[field.name].cast(pa.string()))

@@ -25,7 +25,10 @@ from celltyper.types import Labels, Prediction
 _REQUIRED = ("cell_id", "x", "y", "area_um2", "area_px", "phenotype", "probability", "outline")
 
 ROW_GROUP = 1 << 16
-"""Cells that are compressed together in a file."""
+"""Cells that are compressed together in a file, unless they have long embeddings."""
+EMBEDDING = "embedding"
+"""Column of what the encoder sees at a cell, in tables that have it."""
+_EMBEDDING_BYTES = 1 << 26
 
 
 def cells_table(
@@ -128,6 +131,41 @@ def cells_table(
     facts = {"classes": classes, "colors": prediction.colors, "mpp": _on_slide(pixel, place)}
     table = pa.table(dict(columns), metadata={"celltyper": json.dumps(facts)})
     return table.replace_schema_metadata(metadata_of(table))
+
+
+def add_embeddings(table: pa.Table, values: NDArray[np.float32]) -> pa.Table:
+    """Add the column ``embedding`` to a cell table.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        From `cells_table`.
+    values : ndarray of float32, shape (n, C)
+        One row for each of the table. Files are half as large if float16 holds all values.
+
+    Returns
+    -------
+    pyarrow.Table
+        With one more column of type ``fixed_size_list<float>[C]``, the last.
+    """
+    kind = pa.list_(pa.field("element", pa.float32(), nullable=False), values.shape[1])
+    flat = pa.array(values.ravel(), pa.float32())
+    return table.append_column(EMBEDDING, pa.FixedSizeListArray.from_arrays(flat, type=kind))
+
+
+def embeddings_of(table: pa.Table) -> NDArray[np.float32]:
+    """Embeddings of a cell table: (n, C), in the order of the rows.
+
+    Raises
+    ------
+    DataError
+        If it has none.
+    """
+    if EMBEDDING not in table.column_names:
+        raise DataError("these cells have no embeddings: run 'celltyper infer' with --embeddings")
+    column = table[EMBEDDING].combine_chunks()
+    values: NDArray[np.float32] = column.flatten().to_numpy()
+    return values.reshape(len(table), column.type.list_size)
 
 
 def concat_cells(tables: Sequence[pa.Table]) -> pa.Table:
@@ -251,7 +289,26 @@ def write_parquet(path: str | Path, table: pa.Table) -> None:
     """Write a cell table as GeoParquet 1.1, atomically; errors as in `atomic_path`."""
     table = table.replace_schema_metadata(metadata_of(table))
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP)
+        options = parquet_options(table.schema)
+        pq.write_table(table, temporary, row_group_size=group_rows(table.schema), **options)
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How cell tables of a schema are written, for `pyarrow.parquet`."""
+    options: dict[str, Any] = {"compression": "zstd"}
+    if EMBEDDING in schema.names:
+        # Values seldom repeat; those of half precision leave every fourth byte 0.
+        options["use_dictionary"] = [name for name in schema.names if name != EMBEDDING]
+        options["column_encoding"] = {f"{EMBEDDING}.list.element": "BYTE_STREAM_SPLIT"}
+    return options
+
+
+def group_rows(schema: pa.Schema) -> int:
+    """Number of cells that are compressed together: all of them fit into memory."""
+    if EMBEDDING not in schema.names:
+        return ROW_GROUP
+    size = 4 * schema.field(EMBEDDING).type.list_size
+    return int(min(ROW_GROUP, max(1, _EMBEDDING_BYTES // size)))
 
 
 def read_cells(path: str | Path) -> pa.Table:

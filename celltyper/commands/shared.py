@@ -87,6 +87,9 @@ _SLIDES = (
         "--cluster", metavar="ADDRESS", help="Slides: scheduler of a running Dask cluster."
     ),
     click.option("--keep-maps", is_flag=True, help="Slides: keep the stitched maps (zarr)."),
+    click.option(
+        "--embeddings", is_flag=True, help="Slides: what the encoder sees at each cell, a vector."
+    ),
     click.option("--strict", is_flag=True, help="Slides: a damaged tile is an error."),
     click.option(
         "--block",
@@ -96,7 +99,9 @@ _SLIDES = (
         help="Slides: side of what is worked on at a time, px.",
     ),
 )
-SLIDES_ONLY = ("tissue", "region", "workers", "cluster", "keep_maps", "strict", "block")
+SLIDES_ONLY = (
+    "tissue", "region", "workers", "cluster", "keep_maps", "embeddings", "strict", "block",
+)  # fmt: skip
 """Options without effect on images that are worked on as a whole."""
 
 

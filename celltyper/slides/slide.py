@@ -55,6 +55,8 @@ class Slide:
         Stored resolutions, the full one first.
     mpp : (float, float) or None
         Along x and y.
+    stated_mpp : (float, float) or None
+        What the file states, where another was given.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Slide:
         self.name = _name(source.path)
         self.format = source.format
         self.mpp = mpp or source.mpp
+        self.stated_mpp = source.mpp
         self.levels: tuple[Level, ...]
         self.levels, self._numbers = levels_of(source.sizes)
         self._cache = TileCache(CACHE_BYTES)

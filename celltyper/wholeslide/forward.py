@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from threading import Event, Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from celltyper.models import CellTyper
 from celltyper.predict import activated_maps, autocast
 from celltyper.slides import Slide, read_ahead
 from celltyper.tiling import Region, Tile, mirror
 from celltyper.types import Image
+from celltyper.wholeslide.embeddings import half_precision
 from celltyper.wholeslide.maps import dtype_of, quantise
 
 READERS = 2
@@ -23,6 +25,15 @@ READERS = 2
 
 class Stopped(Exception):  # noqa: N818 - no error: somebody asked for it
     """The work was told to stop."""
+
+
+class Forward(NamedTuple):
+    """What the model gives of a region."""
+
+    maps: dict[str, NDArray[Any]]
+    """Quantised, each (C, height, width)."""
+    features: NDArray[np.float16] | None
+    """Last feature map of every tile, (tiles, C, h, w)."""
 
 
 @torch.inference_mode()
@@ -40,7 +51,8 @@ def forward_tiles(
     turn: Lock,
     stop: Event,
     progress: Callable[[int], None],
-) -> dict[str, NDArray[Any]]:
+    encoder: nn.Module | None = None,
+) -> Forward:
     """Run the model over the tiles of a region.
 
     Parameters
@@ -64,14 +76,18 @@ def forward_tiles(
         Looked at between batches.
     progress : callable
         Called with the number of tiles of every batch.
+    encoder : nn.Module or None
+        The model's own, if its last feature map is wanted, of the tiles as they are. It does not
+        run once more for it.
 
     Returns
     -------
-    dict of str to ndarray, each (C, region.height, region.width)
-        Quantised maps.
+    Forward
 
     Raises
     ------
+    ConfigError
+        If the features do not fit into float16.
     Stopped
         If `stop` is set.
     """
@@ -79,6 +95,7 @@ def forward_tiles(
         name: np.zeros((spec.channels, region.height, region.width), dtype_of(spec))
         for name, spec in model.maps.items()
     }
+    features: NDArray[np.float16] | None = None
     around, pixels = _pixels(slide, tiles, mpp, shape)
     with turn:
         for start in range(0, len(tiles), batch_size):
@@ -88,14 +105,20 @@ def forward_tiles(
             windows = np.stack([pixels[_inside(t.read, around).slices] for t in part])
             batch = torch.from_numpy(windows).to(model.device).permute(0, 3, 1, 2).float() / 255
             with autocast(model.device, precision):
-                means = activated_maps(model, batch, symmetries)
+                known = None if encoder is None else list(encoder(batch))
+                means = activated_maps(model, batch, symmetries, known)
+            if known is not None:
+                last = half_precision(known[-1])
+                if features is None:
+                    features = np.empty((len(tiles), *last.shape[1:]), np.float16)
+                features[start : start + len(part)] = last
             for name, values in means.items():
                 kept = quantise(values, model.maps[name])
                 for i, (read, write) in enumerate(part):
                     here = _inside(write, read)
                     out[name][:, *_inside(write, region).slices] = kept[i][:, *here.slices]
             progress(len(part))
-    return out
+    return Forward(out, features)
 
 
 def _pixels(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from zarr.codecs import BloscCodec, BloscShuffle
 
-from celltyper.errors import RunError
-from celltyper.tiling import Region
+from celltyper.errors import ConfigError, RunError
+from celltyper.tiling import Region, Tile
 from celltyper.types import MapSpec
+from celltyper.wholeslide.embeddings import FeatureGrid
 from celltyper.wholeslide.plan import Block, Plan
 
 STEPS = 255
 """Probabilities are kept in so many steps of uint8; 0.5 lies on the same side before and after."""
+FEATURES = "features"
+"""Name of the array of the encoder's last feature map."""
 
 
 class MapStore:
@@ -33,12 +36,32 @@ class MapStore:
     plan : Plan
     maps : mapping of str to MapSpec
         Of the model.
+    features : FeatureGrid or None
+        Of the encoder, if its last feature map is kept too: float16, by tile, (tile rows, tile
+        columns, C, h, w).
+
+    Raises
+    ------
+    ConfigError
+        If features are kept and a map has their name.
     """
 
-    def __init__(self, path: Path, plan: Plan, maps: Mapping[str, MapSpec]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        maps: Mapping[str, MapSpec],
+        features: FeatureGrid | None = None,
+    ) -> None:
+        if features is not None and FEATURES in maps:
+            raise ConfigError(
+                f"a map of the model is called {FEATURES!r}, as the encoder's features are: leave "
+                "out --embeddings"
+            )
         self.path = path
         self._plan = plan
         self._maps = maps
+        self._features = features
         self._arrays: dict[str, Any] = {}
 
     def create(self) -> None:
@@ -58,6 +81,18 @@ class MapStore:
                 fill_value=0,
                 dimension_names=("channel", "y", "x"),
             )
+        if self._features is not None and FEATURES not in group:
+            n, (channels, side, _) = self._tiles, self._features
+            group.create_array(
+                FEATURES,
+                shape=(*plan.run.shape, channels, side, side),
+                chunks=(1, 1, channels, side, side),
+                shards=(n, n, channels, side, side),
+                dtype=np.float16,
+                compressors=BloscCodec(cname="zstd", clevel=1, shuffle=BloscShuffle.shuffle),
+                fill_value=0,
+                dimension_names=("tile_row", "tile_column", "channel", "y", "x"),
+            )
 
     def write(self, block: Block, values: Mapping[str, NDArray[Any]]) -> None:
         """Write the maps of a block, quantised; no reader sees half of a map.
@@ -69,13 +104,25 @@ class MapStore:
         """
         rows, cols = self._plan.region(block).slices
         for name, pixels in values.items():
-            try:
-                self._array(name)[:, rows, cols] = pixels
-            except OSError as error:
-                raise RunError(
-                    f"cannot write maps to {self.path} ({error.strerror or error}); free space and "
-                    "give the same command again: it goes on where it was"
-                ) from error
+            self._put(name, (slice(None), rows, cols), pixels)
+
+    def write_features(
+        self, block: Block, tiles: Sequence[Tile], features: NDArray[np.float16]
+    ) -> None:
+        """Write the feature maps of a block's tiles, in their order; others stay empty.
+
+        Raises
+        ------
+        RunError
+            As in `write`.
+        """
+        step, n = self._plan.step, self._tiles
+        top, left = block.row * n, block.col * n
+        rows, cols = min(n, self._plan.run.shape[0] - top), min(n, self._plan.run.shape[1] - left)
+        values = np.zeros((rows, cols, *features.shape[1:]), np.float16)
+        for (_, write), each in zip(tiles, features, strict=True):
+            values[write.row // step - top, write.col // step - left] = each
+        self._put(FEATURES, (slice(top, top + rows), slice(left, left + cols)), values)
 
     def stored(self, name: str, region: Region) -> NDArray[Any]:
         """One map of a region as it is kept: (C, h, w) uint8 or float16."""
@@ -93,10 +140,32 @@ class MapStore:
             found[name] = values
         return found
 
+    def features(self, row: int, first: int, stop: int) -> NDArray[np.float16]:
+        """Feature maps of some tiles of a row of tiles: (tiles, C, h, w)."""
+        values: NDArray[np.float16] = self._array(FEATURES)[row, first:stop]
+        return values
+
     def drop(self, block: Block) -> None:
-        """Remove the maps of a block, which are background from then on."""
+        """Remove the maps of a block, which are background from then on, and its features."""
+        at = Path(str(block.row), str(block.col))
         for name in self._maps:
-            (self.path / name / "c" / "0" / str(block.row) / str(block.col)).unlink(missing_ok=True)
+            (self.path / name / "c" / "0" / at).unlink(missing_ok=True)
+        if self._features is not None:
+            (self.path / FEATURES / "c" / at / "0" / "0" / "0").unlink(missing_ok=True)
+
+    @property
+    def _tiles(self) -> int:
+        """Tiles along the side of a block."""
+        return self._plan.block // self._plan.step
+
+    def _put(self, name: str, at: tuple[slice, ...], values: NDArray[Any]) -> None:
+        try:
+            self._array(name)[at] = values
+        except OSError as error:
+            raise RunError(
+                f"cannot write maps to {self.path} ({error.strerror or error}); free space and "
+                "give the same command again: it goes on where it was"
+            ) from error
 
     def _array(self, name: str) -> Any:
         if name not in self._arrays:

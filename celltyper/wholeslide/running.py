@@ -2,54 +2,224 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import multiprocessing
 import os
+import pickle
+import secrets
 import signal
-from collections import deque
+import socket
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from threading import Thread
 from typing import Any
 
 import torch
 
-from celltyper.errors import ConfigError, RunError
+from celltyper.errors import CelltyperError, ConfigError, RunError
 from celltyper.wholeslide.plan import Block
+from celltyper.wholeslide.sent import Sent, leave
 from celltyper.wholeslide.worker import Worker
 
+logger = logging.getLogger(__name__)
+
+Task = Callable[[Block], int]
+
 _PATIENCE = 0.2  # seconds until an interrupt is noticed
+_ANSWER = 10.0  # seconds that a scheduler has to answer
+_LOOK = 2.0  # seconds between looks at who works in a cluster
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
+_GO_ON = "give the same command again: it goes on where it was"
 
 
-@dataclass(frozen=True)
 class Pool:
-    """Where blocks are worked on.
+    """Where blocks are worked on: threads of this process, which share its slide and model.
 
     Parameters
     ----------
     forward, cells : Executor
         For maps and for cells; may be the same.
-    at_once : int
-        Blocks in work for maps at a time: the next is read while one is with the model.
+
+    Attributes
+    ----------
     shared : bool
         Whether it works in this process, on the very objects it is given.
+    repeats : int
+        How often a block is tried again where disk or network failed.
     """
 
-    forward: Executor
-    cells: Executor
-    at_once: int
-    shared: bool
+    shared = True
+    repeats = 0
+
+    def __init__(self, forward: Executor, cells: Executor) -> None:
+        self._forward = forward
+        self._cells = cells
+
+    def at_once(self) -> int:
+        """How many blocks to have in work for maps: the next is read while one is predicted."""
+        return 2
+
+    def predict(self, task: Task, block: Block) -> Future[int]:
+        """Have the maps of a block made."""
+        return self._forward.submit(task, block)
+
+    def decode(self, task: Task, block: Block) -> Future[int]:
+        """Have the cells of a block found."""
+        return self._cells.submit(task, block)
+
+    def lost(self, error: BaseException, block: Block) -> CelltyperError | None:
+        """What to tell of an error that is not of the block but of those who worked on it."""
+        del error, block
+        return None
+
+    def leave(self, key: str) -> None:
+        """Tell all who work on a slide that it is over, see `celltyper.wholeslide.sent`."""
+
+
+class _Processes(Pool):
+    shared = False
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._executor = self._start()
+
+    def at_once(self) -> int:
+        return self._workers + 1
+
+    def predict(self, task: Task, block: Block) -> Future[int]:
+        # An interrupt is for the first process alone, which tells the others; so also while they
+        # start and know nothing of it.
+        with _without_interrupts():
+            return self._executor.submit(task, block)
+
+    decode = predict
+
+    def lost(self, error: BaseException, block: Block) -> CelltyperError | None:
+        if not isinstance(error, BrokenProcessPool):
+            return None
+        self.end()
+        self._executor = self._start()  # for the next slide
+        return RunError(
+            f"a worker process died, perhaps for want of memory; {_GO_ON} (with fewer --workers "
+            "or a smaller --batch-size)"
+        )
+
+    def end(self) -> None:
+        processes: dict[int, Any] = dict(getattr(self._executor, "_processes", None) or {})
+        for process in processes.values():
+            process.terminate()
+        self.close()
+
+    def close(self) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self._workers,
+            multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(max(1, (os.cpu_count() or 1) // self._workers),),
+        )
+
+
+class _Cluster(Pool):
+    shared = False
+    repeats = 2
+
+    def __init__(self, client: Any, address: str) -> None:
+        self._client = client
+        self._executor = client.get_executor(pure=False)
+        self._address = address
+        self._threads = 0
+        self._looked = -_LOOK
+
+    def workers(self) -> int:
+        """How many threads work, as of now; says once if none does any more."""
+        if time.monotonic() - self._looked < _LOOK:
+            return self._threads
+        before = self._threads
+        # If the scheduler itself is lost, the futures tell.
+        with suppress(OSError, TimeoutError):
+            self._threads = sum(self._client.nthreads().values())
+        self._looked = time.monotonic()
+        if before and not self._threads:
+            logger.warning(
+                "the Dask scheduler at %s has no worker left; waiting for one to start (Ctrl-C "
+                "ends, and nothing that is done is lost)",
+                self._address,
+            )
+        return self._threads
+
+    def at_once(self) -> int:
+        return 2 * max(1, self.workers())
+
+    def predict(self, task: Task, block: Block) -> Future[int]:
+        return self._submit("maps", task, block)
+
+    def decode(self, task: Task, block: Block) -> Future[int]:
+        return self._submit("cells", task, block)
+
+    def lost(self, error: BaseException, block: Block) -> CelltyperError | None:
+        from distributed.scheduler import KilledWorker
+
+        if isinstance(error, KilledWorker):
+            return RunError(
+                f"block {block.name}: {error.allowed_failures + 1} Dask workers died, one after "
+                f"another, while they were at it or about to be, the last {_where(error)}, perhaps "
+                f"for want of memory; {_GO_ON} (with more memory for a worker, fewer threads or a "
+                "smaller --batch-size)"
+            )
+        if isinstance(error, CancelledError):
+            return RunError(
+                f"the connection to the Dask scheduler at {self._address} is lost; when it is "
+                f"there again, {_GO_ON}"
+            )
+        if isinstance(error, ImportError):
+            return RunError(
+                f"a Dask worker lacks something ({error}): install the same celltyper wherever "
+                "'dask worker' is started"
+            )
+        return None
+
+    def leave(self, key: str) -> None:
+        # A worker that hangs must not hold up an interrupt.
+        asking = Thread(target=self._tell, args=(key,), daemon=True)
+        asking.start()
+        asking.join(_LOOK)
+
+    def _submit(self, stage: str, task: Task, block: Block) -> Future[int]:
+        # As bytes, which say nothing to the scheduler: it would import all that a task names.
+        packed = pickle.dumps(_OnNode(task, block))
+        key = f"{stage}-{secrets.token_hex(8)}"
+        future: Future[int] = self._executor.submit(pickle.loads, packed, key=key)
+        return future
+
+    def _tell(self, key: str) -> None:
+        with suppress(Exception):
+            self._client.run(leave, key, on_error="ignore")
 
 
 @contextmanager
 def local_pool() -> Iterator[Pool]:
     """Threads of this process: one block with the model, the next one being read."""
+    _give_memory_back()
     decoders = max(1, min(4, (os.cpu_count() or 2) // 2))
     forward = ThreadPoolExecutor(2, "maps")
     cells = ThreadPoolExecutor(decoders, "cells")
     try:
-        yield Pool(forward, cells, 2, shared=True)
+        yield Pool(forward, cells)
     finally:
         forward.shutdown(cancel_futures=True)
         cells.shutdown(cancel_futures=True)
@@ -58,25 +228,21 @@ def local_pool() -> Iterator[Pool]:
 @contextmanager
 def process_pool(workers: int) -> Iterator[Pool]:
     """Processes of this machine, each with its own model and share of the processors."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    executor = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(threads,),
-    )
+    pool = _Processes(workers)
     try:
-        yield Pool(executor, executor, workers + 1, shared=False)
+        yield pool
     except BaseException:
-        _end(executor)
+        pool.end()
         raise
     finally:
-        executor.shutdown(cancel_futures=True)
+        pool.close()
 
 
 @contextmanager
 def cluster_pool(address: str) -> Iterator[Pool]:
-    """Workers of a running Dask cluster; tasks of a worker that is lost go to another.
+    """Workers of a running Dask cluster; blocks of a worker that is lost go to another.
+
+    Workers may come and go. While there is none it waits, and says so.
 
     Parameters
     ----------
@@ -86,28 +252,27 @@ def cluster_pool(address: str) -> Iterator[Pool]:
     Raises
     ------
     ConfigError
-        If Dask is not installed or no scheduler answers.
+        If Dask is not installed, no scheduler answers, or it has no worker.
     """
     try:
         from distributed import Client
     except ImportError:
         raise ConfigError("--cluster needs Dask: pip install 'celltyper[cluster]'") from None
     try:
-        client = Client(address, timeout="10s")
+        client = Client(address, timeout=_ANSWER, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise ConfigError(
             f"no Dask scheduler answers at {address} ({error}); start one with 'dask scheduler', "
             "and workers with 'dask worker ADDRESS'"
         ) from error
     with client:
-        if not client.scheduler_info()["workers"]:
+        pool = _Cluster(client, address)
+        if not pool.workers():
             raise ConfigError(
                 f"the Dask scheduler at {address} has no worker: start some with "
                 f"'dask worker {address}'"
             )
-        threads = sum(each["nthreads"] for each in client.scheduler_info()["workers"].values())
-        executor = client.get_executor(retries=3, pure=False)
-        yield Pool(executor, executor, 2 * threads, shared=False)
+        yield pool
 
 
 def run_blocks(
@@ -123,10 +288,13 @@ def run_blocks(
     keep : bool
         Keep the maps; otherwise those of a block are removed when no block needs them any more.
     progress : callable
-        Called with the tiles, blocks and cells done since the last call.
+        Called with the tiles, blocks and cells done since the last call; in this process for
+        every batch, elsewhere for every block.
 
     Raises
     ------
+    ConfigError
+        If slide or model cannot be sent to the processes of the pool.
     DataError, RunError
         Of the first block that fails.
     KeyboardInterrupt
@@ -138,29 +306,45 @@ def run_blocks(
     missing = {block for block in needed if not worker.is_predicted(block)}
     to_predict = deque(block for block in plan.blocks if block in missing)
     running: dict[Future[int], tuple[str, Block]] = {}
+    failures: Counter[tuple[str, Block]] = Counter()
+    sent = None if pool.shared else Sent.of(worker)
+    task = worker if sent is None else sent
 
     def ready(block: Block) -> bool:
         return not any(near in missing for near in plan.around(block))
 
+    def predict(block: Block) -> None:
+        running[pool.predict(task.predict, block)] = ("maps", block)
+
     def decode(block: Block) -> None:
-        running[pool.cells.submit(Worker.decode, worker, block)] = ("cells", block)
+        running[pool.decode(task.decode, block)] = ("cells", block)
 
     if pool.shared:
         worker.progress = lambda tiles: progress(tiles, 0, 0)
-    for block in plan.blocks:
-        if block in undecoded and ready(block):
-            decode(block)
+    block = plan.blocks[0] if plan.blocks else Block(0, 0)
     in_forward = 0
     try:
+        for block in plan.blocks:
+            if block in undecoded and ready(block):
+                decode(block)
         while to_predict or running:
-            while to_predict and in_forward < pool.at_once:
+            at_once = pool.at_once()
+            while to_predict and in_forward < at_once:
                 block = to_predict.popleft()
-                running[pool.forward.submit(Worker.predict, worker, block)] = ("maps", block)
+                predict(block)
                 in_forward += 1
             done, _ = wait(running, timeout=_PATIENCE, return_when=FIRST_COMPLETED)
             for future in done:
                 stage, block = running.pop(future)
-                result = future.result()
+                try:
+                    result = future.result()
+                except RunError as error:
+                    failures[stage, block] += 1
+                    if failures[stage, block] > pool.repeats:
+                        raise
+                    logger.warning("block %s is tried again: %s", block.name, error)
+                    (predict if stage == "maps" else decode)(block)
+                    continue
                 if stage == "maps":
                     in_forward -= 1
                     missing.discard(block)
@@ -175,24 +359,75 @@ def run_blocks(
                         for near in plan.around(block):
                             if not any(each in undecoded for each in plan.around(near)):
                                 worker.forget(near)
-    except BrokenProcessPool as error:
-        raise RunError(
-            "a worker process died, perhaps for want of memory; give the same command again: it "
-            "goes on where it was (with fewer --workers or a smaller --batch-size)"
-        ) from error
+    except Exception as error:
+        explained = pool.lost(error, block)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         worker.stop.set()
         for future in running:
             future.cancel()
+        if sent is not None:
+            pool.leave(sent.key)
 
 
 def _start_worker(threads: int) -> None:
-    # An interrupt reaches the whole group of processes; the first one tells the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    _give_memory_back()
+    Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end(executor: ProcessPoolExecutor) -> None:
-    processes: dict[int, Any] = dict(getattr(executor, "_processes", None) or {})
-    for process in processes.values():
-        process.terminate()
+def _give_memory_back() -> None:
+    """Have glibc keep less of what is freed.
+
+    By default every thread gets a heap of its own, and large arrays go there once one was freed:
+    each heap keeps the largest block it ever saw, which is a third of all memory used.
+    """
+    with suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_ARENA_MAX, 2)
+        libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+
+
+def _end_with_parent() -> None:
+    # The queue of tasks is open at both ends in every worker: none would notice by itself.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _OnNode:
+    """Is done where it is unpickled."""
+
+    def __init__(self, task: Task, block: Block) -> None:
+        self._call = task, block
+
+    def __reduce__(self) -> Any:
+        return _on_node, self._call
+
+
+def _on_node(task: Task, block: Block) -> int:
+    """Work in a cluster, where an error is worth little without the name of the machine."""
+    try:
+        return task(block)
+    except CelltyperError as error:
+        raise type(error)(f"{error} (on {socket.gethostname()})") from error
+
+
+def _where(error: Any) -> str:
+    return str(getattr(error.last_worker, "address", "unknown"))

@@ -7,14 +7,13 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from celltyper import __version__
@@ -25,23 +24,39 @@ from celltyper.cells.stream import CellsWriter, iter_cells
 from celltyper.encoders.trainability import parameter_digest
 from celltyper.errors import ConfigError
 from celltyper.models import CellTyper
+from celltyper.report.amounts import amount
 from celltyper.report.slide import write_slide_report
 from celltyper.slides import Slide, TissueMask
+from celltyper.tiling import Region
+from celltyper.wholeslide.embeddings import the_encoder
+from celltyper.wholeslide.folder import (
+    CELLS_FILE,
+    GEOJSON_FILE,
+    LABELS_FILE,
+    PLAN_FILE,
+    REPORT_FILE,
+    SLIDE_FILE,
+    WORK_FOLDER,
+    alone,
+    clear_folder,
+    clear_work,
+    is_done,
+    is_slide,
+)
 from celltyper.wholeslide.plan import BLOCK, make_plan
 from celltyper.wholeslide.running import Pool, local_pool, run_blocks
+from celltyper.wholeslide.sent import Sent, digest_of
 from celltyper.wholeslide.worker import MAPS_FOLDER, ModelSource, Worker
 
-CELLS_FILE = "cells.parquet"
-GEOJSON_FILE = "cells.geojson"
-SLIDE_FILE = "slide.json"
-REPORT_FILE = "report.html"
-WORK_FOLDER = "work"
-"""What is done so far; removed in the end."""
-SLIDE_FILES = (CELLS_FILE, GEOJSON_FILE, SLIDE_FILE, REPORT_FILE)
+UPSAMPLED = 1.5
+"""Pixels of the model per pixel of the slide from which on the model misses details."""
 
-_PLAN_FILE = "plan.json"
-_LOCK_FILE = "lock"
 _ENDS = 1 << 20
+_LOOK = 1024
+_SAME_MPP = 0.01
+_CLOCK_FILE = "clock.json"
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_NAME = 16
 _WHAT = {
     "model": "another model",
     "slide": "another slide",
@@ -63,6 +78,7 @@ def infer_slide(
     symmetries: int | None = None,
     precision: str = "fp32",
     keep_maps: bool = False,
+    embeddings: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     pool: Pool | None = None,
@@ -93,7 +109,9 @@ def infer_slide(
         Side of a block in pixels, about. Memory follows from it.
     keep_maps : bool
         Keep the stitched maps as ``maps.zarr``: (C, H, W) at the model's resolution, probabilities
-        in 255ths.
+        in 255ths; and the encoder's features, if there are embeddings.
+    embeddings : bool
+        Give every cell the column ``embedding``: the encoder's last feature map at its centroid.
     overwrite : bool
         Start over where another model or other settings were at work before, or it is done.
     progress : bool
@@ -111,7 +129,8 @@ def infer_slide(
     Raises
     ------
     ConfigError
-        If the folder holds work on something else, or another process is at work in it.
+        If the folder holds work on something else, or another process is at work in it; or an
+        embedding is wanted of an ensemble whose models have different encoders.
     DataError
         If the slide states no resolution and the model needs one, or cannot be read.
     RunError
@@ -123,22 +142,31 @@ def infer_slide(
     started = time.monotonic()
     plan = make_plan(model, slide, tissue, tile=tile, overlap=overlap, block=block)
     turns = symmetries or model.symmetries
+    if embeddings:
+        the_encoder(model)
     identity = {
         "celltyper": __version__,
-        "model": _digest_of(model),
+        "model": digest_of(model),
         "slide": _identity_of(slide),
-        "settings": plan.facts | {"symmetries": turns, "precision": precision},
+        "settings": plan.facts
+        | {
+            "symmetries": turns,
+            "precision": precision,
+            "embeddings": embeddings,
+            "keep_maps": keep_maps,
+        },
     }
+    worker = Worker(
+        output / WORK_FOLDER, plan, slide, tissue, model, source, batch_size or model.batch_size,
+        turns, precision, embeddings,
+    )  # fmt: skip
+    if pool is not None and not pool.shared:
+        Sent.of(worker)  # refuses what cannot be sent before anything is written
     make_folder(output)
-    work = output / WORK_FOLDER
-    with _alone(output):
+    with alone(output):
         known = _begin(output, identity, overwrite)
         if known is not None:
             return known
-        worker = Worker(
-            work, plan, slide, tissue, model, source, batch_size or model.batch_size, turns,
-            precision,
-        )  # fmt: skip
         worker.prepare()
         was_training = model.training
         model.eval()
@@ -147,8 +175,8 @@ def infer_slide(
                 local_pool() if pool is None else nullcontext(pool) as place,
                 tqdm(
                     total=int(plan.run.sum()),
-                    desc=slide.name,
-                    unit="tile",
+                    desc=_short(slide.name),
+                    bar_format=_BAR,
                     disable=None if progress else True,
                     dynamic_ncols=True,
                 ) as bar,
@@ -156,7 +184,7 @@ def infer_slide(
                 run_blocks(worker, place, keep=keep_maps, progress=_show(bar, worker))
         finally:
             model.train(was_training)
-        return _finish(output, worker, identity, keep_maps, started)
+        return _finish(output, worker, identity, started)
 
 
 def _show(bar: tqdm[Any], worker: Worker) -> Any:
@@ -164,30 +192,91 @@ def _show(bar: tqdm[Any], worker: Worker) -> Any:
     plan = worker.plan
     done = [block for block in plan.blocks if worker.is_decoded(block)]
     cells = sum(worker.cells_in(block) for block in done)
-    bar.update(sum(len(plan.tiles(b)) for b in plan.blocks if worker.is_predicted(b)))
+    before = sum(len(plan.tiles(b)) for b in plan.blocks if worker.is_predicted(b))
+    # Tiles of an earlier session took no time in this one, for speed and time left.
+    bar.initial = bar.n = bar.last_print_n = before
     bar.unpause()
-    first, start = bar.n, time.monotonic()
+    bar.refresh()
+    start = time.monotonic()
 
     def show(tiles: int, blocks: int, found: int) -> None:
         nonlocal cells
         cells += found
         seconds = max(time.monotonic() - start, 1e-9)
-        speed = (bar.n + tiles - first) * plan.step**2 / 1e6 / seconds
-        bar.set_postfix_str(f"{cells:,} cells, {speed:.1f} Mpx/s", refresh=False)
+        speed = (bar.n + tiles - before) * plan.step**2 / 1e6 / seconds
+        number = f"{cells:,}" if cells < 100_000 else tqdm.format_sizeof(cells)
+        bar.set_postfix_str(f"{number} cells, {amount(speed)} Mpx/s", refresh=False)
         bar.update(tiles)
 
     return show
 
 
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Keep other processes out of the folder; the system frees the lock of a process that dies."""
-    lock = FileLock(output / f".{_LOCK_FILE}", timeout=0)
-    try:
-        with lock:
-            yield
-    except Timeout:
-        raise ConfigError(f"another process is at work in {output}; wait for it") from None
+def _short(name: str) -> str:
+    """A name that leaves room for the rest of the line on a terminal of 80 columns."""
+    half = _NAME // 2
+    return name if len(name) <= _NAME else f"{name[:half]}…{name[half + 1 - _NAME :]}"
+
+
+def check_begun(
+    model: CellTyper,
+    folders: Iterable[Path],
+    *,
+    symmetries: int | None,
+    precision: str,
+    embeddings: bool = False,
+) -> None:
+    """Refuse folders of slides with work of another model or with other settings, before any work.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first of them.
+    """
+    begun = [folder for folder in folders if is_slide(folder)]
+    if not begun:
+        return
+    identity = {
+        "celltyper": __version__,
+        "model": digest_of(model),
+        "settings": {
+            "symmetries": symmetries or model.symmetries,
+            "precision": precision,
+            "embeddings": embeddings,
+        },
+    }
+    for folder in begun:
+        _known(folder, identity)
+
+
+def _known(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What ``slide.json`` says of a slide that is done; work on something else is refused."""
+    known = None
+    for file in (output / WORK_FOLDER / PLAN_FILE, output / SLIDE_FILE):
+        if not file.is_file():
+            continue
+        known = _read(file)
+        done = file.name == SLIDE_FILE
+        made_by = known.get("identity", {}) if done else known
+        changed = [
+            what
+            for key, what in _WHAT.items()
+            if key in identity and _differs(made_by.get(key), identity[key], done)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{output} was begun with {' and '.join(changed)}; give another folder, or "
+                "--overwrite to start over"
+            )
+    return known if is_done(output) else None
+
+
+def _differs(known: Any, wanted: Any, done: bool) -> bool:
+    """Whether what was known is not what is wanted now, as far as that is said."""
+    if not (isinstance(known, dict) and isinstance(wanted, dict)):
+        return bool(known != wanted)
+    # maps that were kept are in nobody's way
+    free = {"keep_maps"} if done and not wanted.get("keep_maps") else set()
+    return any(known.get(key) != value for key, value in wanted.items() if key not in free)
 
 
 def _begin(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -195,38 +284,45 @@ def _begin(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[str,
 
     Gives the facts of a slide that is done already.
     """
-    plan_file = output / WORK_FOLDER / _PLAN_FILE
-    for file in (plan_file, output / SLIDE_FILE):
-        if overwrite or not file.is_file():
-            continue
-        known = _read(file)
-        made_by = known.get("identity", {}) if file.name == SLIDE_FILE else known
-        changed = [what for key, what in _WHAT.items() if made_by.get(key) != identity[key]]
-        if changed:
-            raise ConfigError(
-                f"{output} was begun with {' and '.join(changed)}; give another folder, or "
-                "--overwrite to start over"
-            )
-        if file.name == SLIDE_FILE:
-            return known
+    work = output / WORK_FOLDER
     if overwrite:
-        for name in SLIDE_FILES:
-            (output / name).unlink(missing_ok=True)
-        for name in (WORK_FOLDER, MAPS_FOLDER):
-            shutil.rmtree(output / name, ignore_errors=True)
-    make_folder(plan_file.parent)
-    if not plan_file.is_file():
-        write_json(plan_file, identity)
+        clear_folder(output)
+    elif (output / LABELS_FILE).is_file():
+        raise ConfigError(f"{output} holds results of images; pass --overwrite or another folder")
+    known = _known(output, identity)
+    if known is not None:
+        _tidy(output, known)
+        return known
+    if (output / SLIDE_FILE).is_file():
+        # its table is gone: what was made from it is of no use
+        clear_folder(output)
+    if not (work / PLAN_FILE).is_file():
+        if work.is_dir() and any(work.iterdir()):
+            raise ConfigError(f"{work} is in the way; remove it or give another folder")
+        make_folder(work)
+        write_json(work / PLAN_FILE, identity)
+    _start_clock(work)
     return None
 
 
+def _start_clock(work: Path) -> None:
+    """Note how long earlier sessions took, until the last block that was done in each."""
+    clock, before = work / _CLOCK_FILE, 0.0
+    if clock.is_file():
+        known = _read(clock)
+        last = max((each.stat().st_mtime for each in work.iterdir() if each.is_dir()), default=0.0)
+        before = known["before"] + max(0.0, last - known["began"])
+    write_json(clock, {"before": before, "began": time.time()})
+
+
 def _finish(
-    output: Path, worker: Worker, identity: dict[str, Any], keep_maps: bool, started: float
+    output: Path, worker: Worker, identity: dict[str, Any], started: float
 ) -> dict[str, Any]:
     """Put the parts together, write what is made from them, and remove them."""
     model, slide, plan = worker.model, worker.slide, worker.plan
     assert model is not None
     colors = model.colors or default_colors(model.classes)
+    before = float(_read(worker.folder / _CLOCK_FILE)["before"])
     counts: Counter[str] = Counter(dict.fromkeys(model.classes, 0))
     with CellsWriter(output / CELLS_FILE, renumber=True) as writer:
         writer.write(worker.no_cells())
@@ -237,7 +333,7 @@ def _finish(
                 counts[each["values"]] += each["counts"]
     write_geojson(
         output / GEOJSON_FILE,
-        iter_cells(output / CELLS_FILE),
+        iter_cells(output / CELLS_FILE, embeddings=False),
         dict(zip(model.classes, colors, strict=True)),
     )
     facts: dict[str, Any] = {
@@ -248,6 +344,7 @@ def _finish(
         "width": slide.size[0],
         "height": slide.size[1],
         "mpp": None if slide.mpp is None else list(slide.mpp),
+        "stated_mpp": None if slide.stated_mpp is None else list(slide.stated_mpp),
         "magnification": slide.magnification,
         "bounds": list(slide.bounds),
         "model": None if worker.source is None else worker.source.run,
@@ -263,7 +360,7 @@ def _finish(
         "cells": sum(counts.values()),
         "counts": dict(counts),
         "damaged": [list(region) for region in worker.damaged()],
-        "seconds": round(time.monotonic() - started, 2),
+        "seconds": round(before + time.monotonic() - started, 2),
         "settings": identity["settings"],
         "identity": {key: identity[key] for key in _WHAT},
     }
@@ -277,12 +374,18 @@ def _finish(
         cells=output / CELLS_FILE,
         facts=facts,
     )
-    if keep_maps:
-        shutil.rmtree(output / MAPS_FOLDER, ignore_errors=True)
-        (worker.folder / MAPS_FOLDER).rename(output / MAPS_FOLDER)
     write_json(output / SLIDE_FILE, facts)
-    shutil.rmtree(worker.folder)
+    _tidy(output, facts)
     return facts
+
+
+def _tidy(output: Path, facts: dict[str, Any]) -> None:
+    """Keep the maps if they are wanted, and remove what else is left of the work."""
+    maps = output / WORK_FOLDER / MAPS_FOLDER
+    if facts["settings"]["keep_maps"] and maps.is_dir():
+        shutil.rmtree(output / MAPS_FOLDER, ignore_errors=True)
+        maps.rename(output / MAPS_FOLDER)
+    clear_work(output)
 
 
 def _area_mm2(slide: Slide, tissue: TissueMask) -> float | None:
@@ -291,16 +394,31 @@ def _area_mm2(slide: Slide, tissue: TissueMask) -> float | None:
 
 def _warnings(facts: dict[str, Any]) -> list[str]:
     found = []
+    mpp, stated, model_mpp = facts["mpp"], facts["stated_mpp"], facts["model_mpp"]
+    if mpp is None:
+        found.append("The slide states no resolution: sizes in micrometres are unknown.")
+    elif stated is None:
+        found.append(f"{_um(mpp)} per pixel was given by hand: the file states none.")
+    elif any(abs(own / other - 1) > _SAME_MPP for own, other in zip(mpp, stated, strict=True)):
+        found.append(f"{_um(mpp)} per pixel was given by hand: the file states {_um(stated)}.")
+    if mpp is not None and model_mpp is not None and max(mpp) > UPSAMPLED * model_mpp:
+        found.append(
+            f"The slide has {_um(mpp)} per pixel, the model works at {model_mpp:.4g} µm: the slide "
+            f"was enlarged {max(mpp) / model_mpp:.1f} times and lacks the details it needs."
+        )
     if facts["damaged"]:
         n = len(facts["damaged"])
-        found.append(f"{n} damaged {'tile was' if n == 1 else 'tiles were'} taken for background")
+        found.append(f"{n} damaged {'tile was' if n == 1 else 'tiles were'} taken for background.")
     if not facts["tiles"]:
-        found.append("no tissue was found: nothing was looked at")
+        found.append("There is no tissue: nothing was looked at.")
     elif not facts["cells"]:
-        found.append("no cell was found")
-    if facts["mpp"] is None:
-        found.append("the slide states no resolution: sizes in micrometres are unknown")
+        found.append("No cell was found.")
     return found
+
+
+def _um(mpp: Sequence[float]) -> str:
+    x, y = (f"{each:.4g}" for each in mpp)
+    return f"{x} µm" if x == y else f"{x} x {y} µm"
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -310,17 +428,13 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is damaged ({error}); pass --overwrite to start over") from error
 
 
-def _digest_of(model: CellTyper) -> str:
-    """SHA-256 of all weights, and of how maps become cells."""
-    what = [parameter_digest(model), repr(model.instances), model.classes, model.mpp]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-
 def _identity_of(slide: Slide) -> dict[str, Any]:
-    """What tells a slide from another: its size, its resolution, and the ends of its file."""
+    """What tells a slide from another, whatever it is called: its size and its content.
+
+    The resolution belongs to the settings: it may be given by hand.
+    """
     found: dict[str, Any] = {
         "size": list(slide.size),
-        "mpp": None if slide.mpp is None else list(slide.mpp),
         "bounds": list(slide.bounds),
         "levels": [list(level) for level in slide.levels],
     }
@@ -332,4 +446,14 @@ def _identity_of(slide: Slide) -> dict[str, Any]:
             file.seek(max(0, found["bytes"] - _ENDS))
             digest.update(file.read(_ENDS))
         found["ends"] = digest.hexdigest()
+        return found
+    # A store of many files, perhaps far away. Without a small level a look at all of it would take
+    # as long as the work.
+    width, height = slide.size
+    if len(slide.levels) > 1:
+        pixels = slide.thumbnail(min(_LOOK, max(slide.levels[-1][:2])))
+    else:
+        here = Region((height - _LOOK) // 2, (width - _LOOK) // 2, _LOOK, _LOOK)
+        pixels = slide.read(here)
+    found["pixels"] = hashlib.sha256(pixels.tobytes()).hexdigest()
     return found

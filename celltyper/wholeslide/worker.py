@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from celltyper.atomic import write_json
 from celltyper.cells.morphology import measure
 from celltyper.cells.outlines import Place
-from celltyper.cells.table import cells_table, write_parquet
+from celltyper.cells.table import add_embeddings, cells_table, write_parquet
 from celltyper.checkpoints import load_model
 from celltyper.instances.blocks import decode_block
 from celltyper.labels import mean_in_labels
@@ -27,6 +26,12 @@ from celltyper.predict import pick_device
 from celltyper.slides import Slide, TissueMask
 from celltyper.tiling import Region
 from celltyper.types import Image, Labels, Prediction
+from celltyper.wholeslide.embeddings import (
+    FeatureGrid,
+    embeddings_at,
+    feature_grid,
+    the_encoder,
+)
 from celltyper.wholeslide.forward import forward_tiles
 from celltyper.wholeslide.maps import STEPS, MapStore
 from celltyper.wholeslide.plan import LIMIT, Block, Plan
@@ -46,26 +51,26 @@ class ModelSource:
     allow_code: bool = False
 
     def load(self) -> CellTyper:
-        """The model, loaded once in each process."""
-        return _loaded(self)
+        """The model, in evaluation mode."""
+        model = load_model(
+            self.run,
+            device=pick_device(self.device),
+            encoder_weights=self.encoder_weights,
+            allow_code=self.allow_code,
+        )
+        return model.eval()
 
 
-@lru_cache(maxsize=1)
-def _loaded(source: ModelSource) -> CellTyper:
-    model = load_model(
-        source.run,
-        device=pick_device(source.device),
-        encoder_weights=source.encoder_weights,
-        allow_code=source.allow_code,
-    )
-    return model.eval()
+# A process holds one model, whatever slides its threads are at.
+_TURN = Lock()
 
 
 @dataclass(eq=False)
 class Worker:
     """Does the work on the blocks of one slide. What is done lies in files, so it can be asked.
 
-    It can be sent to another process if it has a `source`, from which that one loads the model.
+    It can be sent to another process, see `celltyper.wholeslide.sent`, if it has a `source`, from
+    which that one loads the model.
 
     Parameters
     ----------
@@ -80,6 +85,8 @@ class Worker:
     batch_size : int
     symmetries : {1, 2, 4, 8}
     precision : {"fp32", "bf16", "fp16"}
+    embeddings : bool
+        Whether cells get an embedding of the encoder.
     """
 
     folder: Path
@@ -91,6 +98,7 @@ class Worker:
     batch_size: int
     symmetries: int
     precision: str
+    embeddings: bool = False
     stop: Event = field(default_factory=Event)
     progress: Callable[[int], None] = lambda _: None
     _turn: Lock = field(default_factory=Lock)
@@ -100,7 +108,7 @@ class Worker:
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, model=None, stop=Event(), progress=lambda _: None, _turn=Lock())
+        vars(self).update(state, model=None, stop=Event(), progress=lambda _: None, _turn=_TURN)
 
     def prepare(self) -> None:
         """Make the folders."""
@@ -135,7 +143,7 @@ class Worker:
         """Write the maps of a block; gives the number of its tiles."""
         model, plan = self._model(), self.plan
         tiles = plan.tiles(block)
-        values = forward_tiles(
+        found = forward_tiles(
             model,
             self.slide,
             plan.region(block),
@@ -148,8 +156,11 @@ class Worker:
             turn=self._turn,
             stop=self.stop,
             progress=self.progress,
+            encoder=the_encoder(model) if self.embeddings else None,
         )
-        self._maps().write(block, values)
+        self._maps().write(block, found.maps)
+        if found.features is not None:
+            self._maps().write_features(block, tiles, found.features)
         facts = {"tiles": len(tiles), "damaged": [list(each) for each in self.slide.damaged]}
         write_json(self._predicted(block), facts)
         return len(tiles)
@@ -169,15 +180,27 @@ class Worker:
         means = mean_in_labels(labels, store.stored(PHENOTYPE, region)) / np.float32(STEPS)
         table = self._table(labels, means, image, region)
         points = np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1)
-        table = table.filter(self.tissue.contains(points))
-        write_parquet(self.cells_file(block), table)
+        inside = self.tissue.contains(points)
+        table = table.filter(inside)
+        grid = self._features()
+        if grid is not None:
+            # what has its centroid in the tissue lies in a tile that the model saw
+            points = points[inside] / (plan.grid.scale_x, plan.grid.scale_y)
+            table = add_embeddings(table, embeddings_at(points, plan, grid, store.features))
+        # One that was taken for dead may come late, when the maps are gone: the first one counts.
+        if not self.is_decoded(block):
+            write_parquet(self.cells_file(block), table)
         return int(table.num_rows)
 
     def no_cells(self) -> pa.Table:
         """The table of a block without cells."""
         classes = len(self._model().classes) + 1
         nothing = np.zeros((0, 0), np.int32), np.zeros((0, classes), np.float32)
-        return self._table(*nothing, np.zeros((0, 0, 3), np.uint8), Region(0, 0, 0, 0))
+        table = self._table(*nothing, np.zeros((0, 0, 3), np.uint8), Region(0, 0, 0, 0))
+        grid = self._features()
+        if grid is None:
+            return table
+        return add_embeddings(table, np.zeros((0, grid.channels), np.float32))
 
     def _table(
         self, labels: Labels, means: NDArray[np.float32], image: Image, region: Region
@@ -208,5 +231,12 @@ class Worker:
 
     def _maps(self) -> MapStore:
         if not hasattr(self, "_store"):
-            self._store = MapStore(self.folder / MAPS_FOLDER, self.plan, self._model().maps)
+            self._store = MapStore(
+                self.folder / MAPS_FOLDER, self.plan, self._model().maps, self._features()
+            )
         return self._store
+
+    def _features(self) -> FeatureGrid | None:
+        if not self.embeddings:
+            return None
+        return feature_grid(the_encoder(self._model()), self.plan.tile)
