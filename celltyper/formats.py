@@ -67,7 +67,7 @@ def export_cells(
     """Write the cells that inference found in the formats of other programs.
 
     Every image or slide gets its own files, in a folder of its own if there are several, as
-    inference wrote them; ``anndata`` is one file of them all. ``docs/exports.md`` describes the
+    inference wrote them; ``anndata`` is one file of them all. ``docs/formats.md`` describes the
     formats. Each file or store appears when it is complete.
 
     Parameters

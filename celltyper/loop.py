@@ -123,6 +123,8 @@ class Loop:
                 sample.image,
                 sample.mpp or data.mpp or self.bare.mpp,
                 batch_size=infer.batch_size,
+                # several would cost as many encoder passes, which `encoder.cache` is to spare
+                symmetries=1,
                 precision=self.config.train.precision,
                 name=sample.name,
                 features=self.cache,

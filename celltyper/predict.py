@@ -112,15 +112,14 @@ def predict_maps(
         Tiles per forward pass; None takes ``model.batch_size``.
     symmetries : {1, 2, 4, 8} or None
         Every tile is shown so many times, turned and mirrored, and the activated maps are
-        averaged (test-time augmentation); None takes ``model.symmetries``. Kept features are of
-        the image as it is: with `features` it is 1.
+        averaged (test-time augmentation); None takes ``model.symmetries``.
     precision : {"fp32", "bf16", "fp16"}
         See `autocast`.
     progress : callable or None
         Called with (tiles done, tiles in all).
     features : FeatureCache or None
         Where features of the model's frozen encoder are kept: it is not run where they are
-        known, and tile and overlap are those of the cache.
+        known, which is for tiles as they are, and tile and overlap are those of the cache.
 
     Returns
     -------
@@ -139,7 +138,7 @@ def predict_maps(
         name: np.empty((spec.channels, *image.shape[:2]), np.float32)
         for name, spec in model.maps.items()
     }
-    turns = 1 if canvas is not None else symmetries or model.symmetries
+    turns = symmetries or model.symmetries
     if turns not in (1, 2, 4, 8):
         raise ConfigError(f"symmetries must be 1, 2, 4 or 8, got {turns}")
     step = batch_size or model.batch_size

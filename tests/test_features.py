@@ -78,6 +78,12 @@ def test_model_on_kept_features_equals_the_model(tmp_path: Path) -> None:
     assert not calls
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, atol=5e-3)
+    expected = predict_maps(model, image, tile=64, overlap=0, symmetries=2)
+    assert len(calls) == 2
+    found = predict_maps(model, image, features=cache, symmetries=2)
+    assert len(calls) == 3  # of the mirrored tiles alone
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, atol=5e-3)
 
 
 def test_views_are_functions_of_the_pixels_alone() -> None:

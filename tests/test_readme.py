@@ -26,7 +26,8 @@ TINY = (
 )
 
 
-DENSE, _, PATCHES = README.partition("## Patches")
+DENSE, _, AFTER = README.partition("## Whole slides")
+SLIDES, _, PATCHES = AFTER.partition("## Patches")
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -61,6 +62,23 @@ def test_commands_run(workplace: Path) -> None:
         main_exits([*command[1:], *extra])
     assert (workplace / "out" / "report.html").is_file()
     assert (workplace / "run" / "eval" / "report.html").is_file()
+
+
+def test_commands_of_slides_run(workplace: Path, tiny: Callable[..., Config]) -> None:
+    assert [c[1] for c in commands(SLIDES)] == ["infer", "infer", "export"]
+    train(tiny(workplace / "DATA"), workplace / "run", device="cpu", progress=False)
+    slide = np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)
+    options = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER", "tile": (64, 64)}
+    with tifffile.TiffWriter(workplace / "slide.tif") as tiff:
+        tiff.write(slide, subifds=1, **options)
+        tiff.write(slide[::2, ::2], subfiletype=1, **options)
+    (workplace / "slides.csv").write_text("slide,name\nslide.tif,one\nslide.tif,two\n")
+    for command in commands(SLIDES):
+        main_exits(command[1:])
+    assert (workplace / "slide" / "report.html").is_file()
+    for name in ("one", "two"):
+        assert (workplace / "cohort" / name / "cells.spatialdata.zarr").is_dir()
+    assert (workplace / "cohort" / "cells.h5ad").is_file()
 
 
 def test_commands_of_patches_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def export(
     """Write a model, or the cells that were found, for other programs.
 
     Of a run: its model as one file, checked against the model (docs/export.md). Of results of
-    infer: the cells in other formats (docs/exports.md).
+    infer: the cells in other formats (docs/formats.md).
 
     \b
     celltyper export run --format torchscript

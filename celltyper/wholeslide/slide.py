@@ -21,7 +21,6 @@ from celltyper.atomic import make_folder, write_json
 from celltyper.cells.colors import default_colors
 from celltyper.cells.geojson import write_geojson
 from celltyper.cells.stream import CellsWriter, iter_cells
-from celltyper.encoders.trainability import parameter_digest
 from celltyper.errors import ConfigError
 from celltyper.models import CellTyper
 from celltyper.report.amounts import amount
