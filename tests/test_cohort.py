@@ -939,6 +939,7 @@ def test_interrupt_in_this_process_says_how_to_go_on(
     assert infer(slides, "-o", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 def test_interrupt_of_a_process_ends_it_within_seconds(
     trained: Path, finished: Path, tmp_path: Path, slides: Path
 ) -> None:

@@ -150,6 +150,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.end()
 
 
+@pytest.mark.slow
 def test_cluster_finds_the_same_when_workers_die(
     cluster: Cluster, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -223,6 +224,7 @@ def test_no_scheduler_and_no_dask(monkeypatch: pytest.MonkeyPatch) -> None:
         cluster_pool("tcp://127.0.0.1:9").__enter__()
 
 
+@pytest.mark.slow
 def test_process_that_dies_loses_nothing(alone: Path, tmp_path: Path) -> None:
     def kill_one() -> None:
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # type: ignore[arg-type]
@@ -259,6 +261,7 @@ def members(group: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_interrupt_and_kill_leave_no_process_and_lose_nothing(alone: Path, tmp_path: Path) -> None:
     script = [sys.executable, str(TESTS / "slow_slides.py"), str(tmp_path)]
     start = {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
