@@ -51,7 +51,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise _explained(error, path) from error
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
@@ -64,7 +64,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
         raise
     with suppress(OSError):  # not every file system can flush a folder
-        _flush(path.parent)
+        flush(path.parent)
 
 
 def make_folder(path: str | Path) -> None:
@@ -104,7 +104,8 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, text + "\n")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the system write a file or folder to disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

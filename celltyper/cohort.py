@@ -16,10 +16,10 @@ from typing import Any
 
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_json
-from celltyper.cells.colors import default_colors
 from celltyper.checkpoints import load_model
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.errors import CelltyperError, ConfigError, DataError, RunError
+from celltyper.models import colors_of
 from celltyper.predict import autocast, check_mpp, pick_device
 from celltyper.readers.files import read_table
 from celltyper.report.amounts import amount, duration
@@ -32,6 +32,7 @@ from celltyper.slides import (
     parse_region,
     read_mask,
     region_mask,
+    slide_name,
     tissue_mask,
     whole_slide,
 )
@@ -133,7 +134,7 @@ def find_slides(
             found += _of_table(Path(text), general)
             tables += 1
         else:
-            found += [replace(general, path=path, name=_name(path)) for path in _paths([text])]
+            found += [replace(general, path=path, name=slide_name(path)) for path in _paths([text])]
     if tables < len(inputs):
         _check_place(general)
     entries: dict[str, Entry] = {}
@@ -311,7 +312,7 @@ def infer_slides(
             "celltyper": __version__,
             "model": source.run,
             "classes": list(model.classes),
-            "colors": list(model.colors or default_colors(model.classes)),
+            "colors": list(colors_of(model)),
             "model_mpp": model.mpp,
             "device": str(place),
             "symmetries": symmetries or model.symmetries,
@@ -475,14 +476,6 @@ def _is_slide(text: str) -> bool:
         return False
 
 
-def _name(path: str) -> str:
-    name = Path(path.split("?")[0].rstrip("/\\")).name
-    for suffix in (".ome.tif", ".ome.tiff", ".ome.zarr"):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return Path(name).stem
-
-
 def _absolute(entry: Entry) -> str:
     return entry.path if "://" in entry.path else str(Path(entry.path).absolute())
 
@@ -511,7 +504,7 @@ def _of_row(path: Path, number: int, row: Mapping[str, str], general: Entry) -> 
         slide = str(path.parent / slide)
         if not Path(slide).exists():
             raise DataError(f"{where}: no such slide: {slide}")
-    name = row.get("name") or _name(slide)
+    name = row.get("name") or slide_name(slide)
     if name in (".", "..") or set(name) & set('/\\:*?"<>|'):
         raise DataError(f"{where}: name {name!r} cannot be that of a folder")
     try:

@@ -27,7 +27,6 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from celltyper import __version__
-from celltyper.cells.colors import default_colors
 from celltyper.checkpoints import load_model
 from celltyper.encoders.adapt import Adapted
 from celltyper.encoders.lora import is_lora, merge_lora, save_lora
@@ -35,7 +34,7 @@ from celltyper.encoders.trainability import fingerprint, parameter_digest
 from celltyper.errors import CheckpointError, ConfigError, DataError, RunError, unknown_name
 from celltyper.instances import METHODS, build_instances
 from celltyper.labels import mean_in_labels
-from celltyper.models import PHENOTYPE, CellTyper, Ensemble
+from celltyper.models import PHENOTYPE, CellTyper, Ensemble, colors_of
 from celltyper.types import Maps, Prediction
 
 logger = logging.getLogger("celltyper")
@@ -310,7 +309,7 @@ def _facts_of(model: CellTyper, tile: int, format: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "format": format,
         "classes": list(model.classes),
-        "colors": list(model.colors or default_colors(model.classes)),
+        "colors": list(colors_of(model)),
         "mpp": model.mpp,
         "tile": tile,
         "overlap": model.overlap,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from tqdm import tqdm
 
-from celltyper.atomic import make_folder
+from celltyper.atomic import flush, make_folder
 from celltyper.cells.geojson import write_geojson
 from celltyper.cells.omezarr import Progress, thumbnail_size, write_ome_zarr
 from celltyper.cells.scverse import write_anndata, write_spatialdata
@@ -180,7 +179,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
         yield work
         for file in work.rglob("*"):
             if file.is_file():
-                _flush(file)
+                flush(file)
         if path.exists():
             path.rename(old)
         work.rename(path)
@@ -190,14 +189,6 @@ def _new_folder(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def _flush(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _tables(found: _Found, bar: tqdm[Any]) -> Iterator[pa.Table]:

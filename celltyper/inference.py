@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from celltyper import __version__
 from celltyper.atomic import atomic_path, make_folder, write_json
-from celltyper.cells.colors import default_colors
 from celltyper.cells.geojson import write_geojson
 from celltyper.cells.morphology import measure
 from celltyper.cells.stream import write_csv
@@ -28,7 +27,7 @@ from celltyper.config import one_line
 from celltyper.datasets import read_image
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.errors import ConfigError, DataError
-from celltyper.models import CellTyper
+from celltyper.models import CellTyper, colors_of
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.readers.files import files_by_stem
 from celltyper.report.overlay import save_overlay
@@ -274,11 +273,6 @@ def write_prediction(
     write_csv(folder / CSV_FILE, table)
     write_parquet(folder / CELLS_FILE, table)
     return table
-
-
-def colors_of(model: CellTyper) -> tuple[str, ...]:
-    """Colors of the model's phenotypes, its own or the defaults by name."""
-    return model.colors or default_colors(model.classes)
 
 
 def read_predictions(folder: str | Path) -> list[Prediction]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from celltyper.cells.colors import default_colors
 from celltyper.config import Config, Encoder
 from celltyper.decoders import build_decoder, stride_option
 from celltyper.encoders import find_card, load_encoder
@@ -194,6 +195,11 @@ class Ensemble(CellTyper):
     def activate(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         """Give the maps back, which are activated already."""
         return raw
+
+
+def colors_of(model: CellTyper) -> tuple[str, ...]:
+    """Colors of the model's phenotypes, its own or the defaults by name."""
+    return model.colors or default_colors(model.classes)
 
 
 def _is_frozen(encoder: nn.Module) -> bool:

@@ -21,6 +21,17 @@ class Region(NamedTuple):
         """Index of the rectangle in an array whose first axes are row and column."""
         return slice(self.row, self.row + self.height), slice(self.col, self.col + self.width)
 
+    def common(self, other: Region) -> Region:
+        """Intersection; without height or width where there is none."""
+        row, col = max(self.row, other.row), max(self.col, other.col)
+        bottom = min(self.row + self.height, other.row + other.height)
+        right = min(self.col + self.width, other.col + other.width)
+        return Region(row, col, max(0, bottom - row), max(0, right - col))
+
+    def seen_from(self, other: Region) -> Region:
+        """The same rectangle, counted from the corner of another."""
+        return self._replace(row=self.row - other.row, col=self.col - other.col)
+
 
 class Tile(NamedTuple):
     """What the model sees (`read`, may leave the image) and what is kept of it (`write`)."""

@@ -584,7 +584,7 @@ def test_disk_that_fills_up_during_infer(
     celltyper_command: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flush, out = celltyper.atomic._flush, tmp_path / "out"
+    flush, out = celltyper.atomic.flush, tmp_path / "out"
 
     def full(path: Path) -> None:
         if path.name.endswith(name):
@@ -592,14 +592,14 @@ def test_disk_that_fills_up_during_infer(
         flush(path)
 
     words = ("infer", image, "-m", trained, "-o", out, "--mpp", 0.5)
-    monkeypatch.setattr(celltyper.atomic, "_flush", full)
+    monkeypatch.setattr(celltyper.atomic, "flush", full)
     code, said, err = celltyper_command(*words)
     assert (code, said) == (1, "")
     assert_one_line(err, f"cannot write {name}: the disk of folder {out} is full; free space")
     assert_nothing_half_written(out)
     assert not (out / name).exists()
     assert not (out / "infer.json").exists()
-    monkeypatch.setattr(celltyper.atomic, "_flush", flush)
+    monkeypatch.setattr(celltyper.atomic, "flush", flush)
     assert celltyper_command(*words).code == 0
 
 

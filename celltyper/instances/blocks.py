@@ -192,10 +192,10 @@ def _decode(
     if not giant.any():
         return
     for square in _squares(core, shape, limit):
-        part = _common(square, core)
+        part = square.common(core)
         if not giant[_cut(components, part, window)].any():
             continue
-        if _common(square, window) == square:
+        if square.common(window) == square:
             cells = _cells(method, maps, window, square)
         else:
             cells = _cells(method, read(square), square, square)
@@ -289,14 +289,7 @@ def _grown(region: Region, margin: int, shape: tuple[int, int]) -> Region:
         region.height + 2 * margin,
         region.width + 2 * margin,
     )
-    return _common(around, Region(0, 0, *shape))
-
-
-def _common(a: Region, b: Region) -> Region:
-    row, col = max(a.row, b.row), max(a.col, b.col)
-    height = min(a.row + a.height, b.row + b.height) - row
-    width = min(a.col + a.width, b.col + b.width) - col
-    return Region(row, col, height, width)
+    return around.common(Region(0, 0, *shape))
 
 
 def _hull(boxes: list[_Boxes]) -> Region:
@@ -313,8 +306,7 @@ def _inside(region: Region, row: NDArray[np.int64], col: NDArray[np.int64]) -> N
 
 def _cut(array: NDArray[Any], region: Region, window: Region) -> NDArray[Any]:
     """Part of the window's array that shows the region."""
-    at = region._replace(row=region.row - window.row, col=region.col - window.col)
-    return array[(..., *at.slices)]
+    return array[(..., *region.seen_from(window).slices)]
 
 
 @njit(cache=True, nogil=True)

@@ -66,7 +66,7 @@ class Slide:
         self._own_mpp = mpp
         self.strict = strict
         self.path = source.path
-        self.name = _name(source.path)
+        self.name = slide_name(source.path)
         self.format = source.format
         self.mpp = mpp or source.mpp
         self.stated_mpp = source.mpp
@@ -203,15 +203,14 @@ class Slide:
     def _read(self, grid: Grid, region: Region) -> Image:
         if self._closed:
             raise ValueError(f"{self.path}: the slide is closed")
-        inside = _common(region, Region(0, 0, grid.height, grid.width))
+        inside = region.common(Region(0, 0, grid.height, grid.width))
         if grid.stored:
             return self._stored(grid.level, region)
         if inside == region and region.height and region.width:
             return self._resampled(grid, region)
         out = np.full((region.height, region.width, 3), WHITE, np.uint8)
         if inside.height and inside.width:
-            at = inside._replace(row=inside.row - region.row, col=inside.col - region.col)
-            out[at.slices] = self._resampled(grid, inside)
+            out[inside.seen_from(region).slices] = self._resampled(grid, inside)
         return out
 
     def _resampled(self, grid: Grid, region: Region) -> Image:
@@ -231,7 +230,7 @@ class Slide:
     def _stored(self, level: int, region: Region) -> Image:
         """Pixels of a level, white outside of it."""
         width, height, _ = self.levels[level]
-        inside = _common(region, Region(0, 0, height, width))
+        inside = region.common(Region(0, 0, height, width))
         out = np.empty((region.height, region.width, 3), np.uint8)
         if inside != region:
             out.fill(WHITE)
@@ -251,7 +250,7 @@ class Slide:
                 ]
                 for part in tile.damaged:
                     part = part._replace(row=y + part.row, col=x + part.col)
-                    if all(_common(part, inside)[2:]):
+                    if all(part.common(inside)[2:]):
                         self._note(level, part, tile.reason)
         return out
 
@@ -270,7 +269,7 @@ class Slide:
         """Record a damaged tile once."""
         width, height, downsample = self.levels[level]
         scaled = Grid(width, height, downsample, downsample, level, True).on_slide(part)
-        found = _common(scaled, Region(0, 0, self.size[1], self.size[0]))
+        found = scaled.common(Region(0, 0, self.size[1], self.size[0]))
         what = (
             f"{self.path}: damaged tile at x {found.col}, y {found.row} ({found.width} x "
             f"{found.height} px of the full resolution, level {level}; {why})"
@@ -307,20 +306,13 @@ def require_mpp(slide: Slide) -> tuple[float, float]:
     return slide.mpp
 
 
-def _name(path: str) -> str:
+def slide_name(path: str) -> str:
+    """Name of a slide: the end of its path or URL, without suffix."""
     last = path.split("?")[0].rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
     for suffix in _SUFFIXES:
         if last.lower().endswith(suffix):
             return last[: -len(suffix)]
     return last.rsplit(".", 1)[0] or last
-
-
-def _common(a: Region, b: Region) -> Region:
-    """Intersection; without height or width where there is none."""
-    row, col = max(a.row, b.row), max(a.col, b.col)
-    bottom = min(a.row + a.height, b.row + b.height)
-    right = min(a.col + a.width, b.col + b.width)
-    return Region(row, col, max(0, bottom - row), max(0, right - col))
 
 
 def _halves(region: Region) -> tuple[Region, Region]:

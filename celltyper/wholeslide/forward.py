@@ -102,7 +102,7 @@ def forward_tiles(
             if stop.is_set():
                 raise Stopped
             part = tiles[start : start + batch_size]
-            windows = np.stack([pixels[_inside(t.read, around).slices] for t in part])
+            windows = np.stack([pixels[t.read.seen_from(around).slices] for t in part])
             batch = torch.from_numpy(windows).to(model.device).permute(0, 3, 1, 2).float() / 255
             with autocast(model.device, precision):
                 known = None if encoder is None else list(encoder(batch))
@@ -115,8 +115,8 @@ def forward_tiles(
             for name, values in means.items():
                 kept = quantise(values, model.maps[name])
                 for i, (read, write) in enumerate(part):
-                    here = _inside(write, read)
-                    out[name][:, *_inside(write, region).slices] = kept[i][:, *here.slices]
+                    here = write.seen_from(read)
+                    out[name][:, *write.seen_from(region).slices] = kept[i][:, *here.slices]
             progress(len(part))
     return Forward(out, features)
 
@@ -140,7 +140,3 @@ def _pixels(
     if (top, left, bottom, right) == (low, first, high, last):
         return around, pixels
     return around, pixels[rows[:, None] - low, cols[None, :] - first]
-
-
-def _inside(region: Region, around: Region) -> Region:
-    return region._replace(row=region.row - around.row, col=region.col - around.col)

@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_json
-from celltyper.cells.colors import default_colors
 from celltyper.cells.geojson import write_geojson
 from celltyper.cells.stream import CellsWriter, iter_cells
 from celltyper.errors import ConfigError
-from celltyper.models import CellTyper
+from celltyper.models import CellTyper, colors_of
 from celltyper.report.amounts import amount
 from celltyper.report.slide import write_slide_report
 from celltyper.slides import Slide, TissueMask
@@ -320,7 +319,7 @@ def _finish(
     """Put the parts together, write what is made from them, and remove them."""
     model, slide, plan = worker.model, worker.slide, worker.plan
     assert model is not None
-    colors = model.colors or default_colors(model.classes)
+    colors = colors_of(model)
     before = float(_read(worker.folder / _CLOCK_FILE)["before"])
     counts: Counter[str] = Counter(dict.fromkeys(model.classes, 0))
     with CellsWriter(output / CELLS_FILE, renumber=True) as writer:
