@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,15 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from made_slides import PixelModel
-from slow_slides import OPTIONS, DeadlySource, SlowSource, slow_slide
+from gated_slides import (
+    BLOCKS,
+    OPTIONS,
+    DeadlySource,
+    GatedSource,
+    finished,
+    gated_slide,
+)
+from made_slides import PixelModel, PixelSource
 
 import celltyper.wholeslide.running as running
 import celltyper.wholeslide.sent as sending
@@ -38,7 +46,7 @@ FILES = ("cells.parquet", "cells.geojson")
 
 
 def run(out: Path, **options: Any) -> dict[str, Any]:
-    slide = options.pop("slide", None) or slow_slide()
+    slide = options.pop("slide", None) or gated_slide()
     model = options.pop("model", None) or PixelModel()
     return infer_slide(model, slide, out, whole_slide(slide), **OPTIONS, **options)
 
@@ -57,11 +65,6 @@ def check_same(found: Path, alone: Path) -> None:
     assert not (found / "work").exists()
 
 
-def done(out: Path) -> int:
-    """Blocks whose cells are found."""
-    return len(list((out / "work" / "cells").glob("*.parquet")))
-
-
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -70,16 +73,21 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
 
 
 @contextmanager
-def in_the_middle(out: Path, deed: Callable[[], None], blocks: int = 3) -> Iterator[None]:
-    """Do something when some more blocks are done, and others are not."""
-    before, happened, over = done(out), [], threading.Event()
+def in_the_middle(gate: Path, deed: Callable[[int], object]) -> Iterator[None]:
+    """Do something when a process waits at the gate, with its number; then open it."""
+    gate.mkdir()
+    happened: list[int] = []
+    over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.005):
-            if done(out) >= before + blocks:
-                deed()
-                happened.append(done(out))
-                return
+        try:
+            while not over.wait(0.01):
+                for file in gate.iterdir():
+                    happened.append(int(file.name))
+                    deed(happened[0])
+                    return
+        finally:
+            shutil.rmtree(gate)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -88,9 +96,7 @@ def in_the_middle(out: Path, deed: Callable[[], None], blocks: int = 3) -> Itera
     finally:
         over.set()
         thread.join()
-    slide = slow_slide()
-    plan = make_plan(PixelModel(), slide, whole_slide(slide), block=OPTIONS["block"])  # type: ignore[arg-type]
-    assert happened[0] < len(plan.blocks)
+    assert happened
 
 
 class Cluster:
@@ -111,6 +117,10 @@ class Cluster:
         wait_for(file.exists)
         wait_for(file.read_text)
         self.address = json.loads(file.read_text())["address"]
+
+    @property
+    def workers(self) -> list[subprocess.Popen[bytes]]:
+        return self.processes[1:]
 
     def worker(self) -> subprocess.Popen[bytes]:
         return self._start(
@@ -150,39 +160,56 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.end()
 
 
-@pytest.mark.slow
-def test_cluster_finds_the_same_when_workers_die(
-    cluster: Cluster, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_cluster_finds_the_same_when_a_worker_dies(
+    cluster: Cluster, alone: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"has no worker: start some with 'dask worker tcp://"):
         cluster_pool(cluster.address).__enter__()
-    first, second = cluster.worker(), cluster.worker()
+    workers = {each.pid: each for each in (cluster.worker(), cluster.worker())}
     cluster.ready(2)
+    gate = tmp_path / "gate"
+    out = tmp_path / "out"
     with cluster_pool(cluster.address) as pool:
         assert pool.at_once() == 2 * 2 * 2
-        began: list[float] = []
+        killed: list[int] = []
 
-        def interrupt() -> None:
-            began.append(time.monotonic())
+        def kill(pid: int) -> None:
+            workers[pid].kill()
+            killed.append(workers[pid].wait())
+
+        with in_the_middle(gate, kill):
+            run(out, pool=pool, source=GatedSource(out, gate))
+    assert killed == [-signal.SIGKILL]
+    check_same(out, alone)
+
+
+@pytest.mark.slow
+def test_cluster_in_every_trouble(
+    cluster: Cluster, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, one, two, three = (tmp_path / name for name in ("gate", "one", "two", "three"))
+    last = cluster.worker()
+    with cluster_pool(cluster.address) as pool:
+
+        def interrupt(_: object) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
-        with in_the_middle(tmp_path / "one", interrupt), pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "one", pool=pool, source=SlowSource())
-        assert time.monotonic() - began[0] < 5
-        with in_the_middle(tmp_path / "one", first.kill):
-            run(tmp_path / "one", pool=pool, source=SlowSource())
-        assert first.wait(0) == -signal.SIGKILL
-        check_same(tmp_path / "one", alone)
+        with in_the_middle(gate, interrupt), pytest.raises(KeyboardInterrupt):
+            run(one, pool=pool, source=GatedSource(one, gate))
+        run(one, pool=pool, source=GatedSource(one, gate))
+        check_same(one, alone)
 
         # the last one dies; another comes
-        def exchange() -> None:
-            second.kill()
+        def exchange(_: object) -> None:
+            for each in cluster.workers:
+                each.kill()
             wait_for(lambda: "no worker left" in caplog.text)
             cluster.worker()
 
-        with in_the_middle(tmp_path / "two", exchange):
-            run(tmp_path / "two", pool=pool, source=SlowSource())
-        check_same(tmp_path / "two", alone)
+        with in_the_middle(gate, exchange):
+            run(two, pool=pool, source=GatedSource(two, gate))
+        assert last.wait() == -signal.SIGKILL
+        check_same(two, alone)
 
         # a block that no worker survives; here one death is enough
         from distributed import Client
@@ -190,8 +217,8 @@ def test_cluster_finds_the_same_when_workers_die(
         with Client(cluster.address, set_as_default=False) as client:
             client.run_on_scheduler(_allow_no_failure)
         with pytest.raises(RunError, match=r"block 000\d-000\d: 1 Dask workers? died, .*memory"):
-            run(tmp_path / "three", pool=pool, source=DeadlySource())
-        assert not (tmp_path / "three" / "cells.parquet").exists()
+            run(three, pool=pool, source=DeadlySource())
+        assert not (three / "cells.parquet").exists()
 
         # there is nobody but the scheduler, and then nobody
         caplog.clear()
@@ -203,7 +230,7 @@ def test_cluster_finds_the_same_when_workers_die(
         )
         ending.start()
         with pytest.raises(RunError, match=r"connection to the Dask scheduler .* is lost; .* same"):
-            run(tmp_path / "three", pool=pool, source=SlowSource())
+            run(three, pool=pool, source=GatedSource(three, gate))
         ending.join()
 
 
@@ -224,28 +251,24 @@ def test_no_scheduler_and_no_dask(monkeypatch: pytest.MonkeyPatch) -> None:
         cluster_pool("tcp://127.0.0.1:9").__enter__()
 
 
-@pytest.mark.slow
 def test_process_that_dies_loses_nothing(alone: Path, tmp_path: Path) -> None:
-    def kill_one() -> None:
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # type: ignore[arg-type]
+    gate, out = tmp_path / "gate", tmp_path / "out"
+    source = GatedSource(out, gate)
 
-    with process_pool(1) as pool:
+    with process_pool(2) as pool:
         with (
-            in_the_middle(tmp_path, kill_one),
+            in_the_middle(gate, lambda pid: os.kill(pid, signal.SIGKILL)),
             pytest.raises(RunError, match=r"a worker process died, .* give the same command again"),
         ):
-            run(tmp_path, pool=pool, source=SlowSource())
-        cells = tmp_path / "work" / "cells"
-        kept = {file: file.stat().st_mtime_ns for file in cells.iterdir()}
-        assert len(kept) >= 3
+            run(out, pool=pool, source=source)
+        kept = finished(out)
+        assert len(kept) >= BLOCKS
         again: dict[Path, int] = {}
         # the pool works on, for the next slide of a cohort or the same
-        with in_the_middle(
-            tmp_path, lambda: again.update({file: file.stat().st_mtime_ns for file in kept})
-        ):
-            run(tmp_path, pool=pool, source=SlowSource())
-    assert again == kept
-    check_same(tmp_path, alone)
+        with in_the_middle(gate, lambda _: again.update(finished(out))):
+            run(out, pool=pool, source=source)
+    assert kept.items() <= again.items()
+    check_same(out, alone)
     assert not multiprocessing.active_children()
 
 
@@ -261,38 +284,40 @@ def members(group: int) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.slow
-def test_interrupt_and_kill_leave_no_process_and_lose_nothing(alone: Path, tmp_path: Path) -> None:
-    script = [sys.executable, str(TESTS / "slow_slides.py"), str(tmp_path)]
+@pytest.mark.parametrize(
+    "kind", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
+def test_no_process_is_left_and_nothing_lost(
+    alone: Path, tmp_path: Path, kind: signal.Signals
+) -> None:
+    gate, out = tmp_path / "gate", tmp_path / "out"
+    gate.mkdir()
+    script = [sys.executable, str(TESTS / "gated_slides.py"), str(out), str(gate), "1"]
     start = {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
-    for kind, workers in ((signal.SIGINT, 2), (signal.SIGKILL, 1)):
-        before = done(tmp_path)
-        with subprocess.Popen([*script, str(workers)], **start) as process:
-            try:
-                wait_for(lambda before=before: done(tmp_path) >= before + 3)
-                assert len(members(process.pid)) > workers
-                began = time.monotonic()
-                if kind == signal.SIGINT:
-                    os.killpg(process.pid, kind)
-                else:
-                    os.kill(process.pid, kind)
-                said = process.communicate(timeout=20)[1]
-                wait_for(lambda group=process.pid: not members(group), 20)
-                assert time.monotonic() - began < 5
-            finally:
-                for each in members(process.pid):
-                    each.kill()
-        assert process.returncode != 0
-        # children say nothing
-        assert said.count("Traceback") == (kind == signal.SIGINT), said
-    assert not (tmp_path / "cells.parquet").exists()
-    run(tmp_path)
-    check_same(tmp_path, alone)
+    with subprocess.Popen(script, **start) as process:
+        try:
+            wait_for(lambda: list(gate.iterdir()))
+            assert len(members(process.pid)) > 1
+            if kind == signal.SIGINT:
+                os.killpg(process.pid, kind)
+            else:
+                process.send_signal(kind)
+            said = process.communicate(timeout=60)[1]
+            wait_for(lambda: not members(process.pid))
+        finally:
+            for each in members(process.pid):
+                each.kill()
+    assert process.returncode != 0
+    # children say nothing
+    assert said.count("Traceback") == (kind == signal.SIGINT), said
+    assert not (out / "cells.parquet").exists()
+    run(out)
+    check_same(out, alone)
 
 
 def worker_of(slide: Slide, folder: Path, **options: Any) -> Worker:
     plan = make_plan(PixelModel(), slide, whole_slide(slide), block=OPTIONS["block"])  # type: ignore[arg-type]
-    parts: dict[str, Any] = {"model": PixelModel(), "source": SlowSource()} | options
+    parts: dict[str, Any] = {"model": PixelModel(), "source": PixelSource()} | options
     made = Worker(
         folder, plan, slide, whole_slide(slide), parts["model"], parts["source"], 4, 1, "fp32"
     )
@@ -301,7 +326,7 @@ def worker_of(slide: Slide, folder: Path, **options: Any) -> Worker:
 
 
 def test_process_opens_slide_and_model_once_in_all_its_threads(tmp_path: Path) -> None:
-    worker = worker_of(slow_slide(), tmp_path)
+    worker = worker_of(gated_slide(), tmp_path)
     sent = Sent.of(worker)
     packed = pickle.loads(pickle.dumps(sent))
     assert len(pickle.dumps(sent)) < 300_000
@@ -328,7 +353,7 @@ def test_process_opens_slide_and_model_once_in_all_its_threads(tmp_path: Path) -
 
 
 def test_late_worker_does_not_undo_cells_whose_maps_are_gone(tmp_path: Path) -> None:
-    worker = worker_of(slow_slide(), tmp_path)
+    worker = worker_of(gated_slide(), tmp_path)
     for block in worker.plan.blocks:
         worker.predict(block)
     block = worker.plan.blocks[5]
@@ -381,14 +406,14 @@ def test_what_cannot_be_sent_is_refused_before_anything_starts(tmp_path: Path) -
     with process_pool(2) as pool:
         with pytest.raises(ConfigError, match=r"pass source=ModelSource\(RUN"):
             run(tmp_path / "model", pool=pool)
-        slide = slow_slide()
+        slide = gated_slide()
         slide._source.lent = Bound()  # type: ignore[attr-defined]
         with pytest.raises(ConfigError, match=r"slide.tif: .*cannot be sent .*open file.*; open"):
-            run(tmp_path / "slide", pool=pool, source=SlowSource(), slide=slide)
+            run(tmp_path / "slide", pool=pool, source=PixelSource(), slide=slide)
         assert not multiprocessing.active_children()
 
 
 def test_worker_of_another_version_is_refused(tmp_path: Path) -> None:
-    sent = replace(Sent.of(worker_of(slow_slide(), tmp_path)), version="0.0.1")
+    sent = replace(Sent.of(worker_of(gated_slide(), tmp_path)), version="0.0.1")
     with pytest.raises(ConfigError, match=r"the command was given with 0\.0\.1: install the same"):
         sent.predict(Block(0, 0))

@@ -1,10 +1,15 @@
 """What a slide costs beside the network: time per megapixel, memory, cells; and at which size.
 
     python tools/bench_wholeslide.py --side 4096 --side 16384 --side 60000 -o FOLDER
+    python tools/bench_wholeslide.py --side 8192 --vit -o FOLDER
 
-Made JPEG pyramids (SVS-like TIFF, 0.25 micrometres per pixel) are worked on from reading to
-parquet, GeoJSON and report, by a model that gives maps of made nuclei at once, whatever it sees.
-Each size runs in a process of its own, whose largest resident memory is told.
+Made JPEG pyramids (SVS-like TIFF, 0.25 micrometres per pixel, half of it tissue) are worked on from
+reading to parquet, GeoJSON and report, by a model that gives maps of made nuclei at once, whatever
+it sees. --nuclei says how many there are along 192 pixels: 5, the default, make 10,900 in a square
+millimetre, as in lymphoid tissue. With --vit a ViT-S and its DPT decoder run first, whose
+weights and maps do not matter, and their time is told apart. Megapixels are those of tissue.
+Each size runs in a process of its own, whose largest resident memory is told, after a slide of
+1,024 pixels, which has whatever is loaded once in a process loaded.
 """
 
 from __future__ import annotations
@@ -25,8 +30,9 @@ import tifffile
 import torch
 from torch import Tensor, nn
 
+from celltyper.encoders import load_encoder
 from celltyper.instances import HV
-from celltyper.models import PHENOTYPE
+from celltyper.models import PHENOTYPE, CellTyper
 from celltyper.slides import open_slide, tissue_mask
 from celltyper.types import MapSpec
 from celltyper.wholeslide import infer_slide
@@ -34,18 +40,20 @@ from celltyper.wholeslide import infer_slide
 TILE, OVERLAP = 256, 64
 STEP = TILE - OVERLAP
 JPEG_TILE = 512
+WARM_UP = 1024
 CLASSES = ("neoplastic", "inflammatory", "connective")
 
 
-def pattern() -> np.ndarray:
-    """Labels of nuclei on a square that repeats seamlessly."""
+def pattern(side: int) -> np.ndarray:
+    """Labels of side x side nuclei on a square that repeats seamlessly."""
     rng = np.random.default_rng(0)
     labels = np.zeros((STEP, STEP), np.int32)
     yy, xx = np.mgrid[:STEP, :STEP]
     n = 0
-    for row in range(0, STEP, 24):
-        for col in range(0, STEP, 24):
-            y, x = row + rng.uniform(8, 16), col + rng.uniform(8, 16)
+    space = STEP / side
+    for row in range(side):
+        for col in range(side):
+            y, x = (row + rng.uniform(0.3, 0.7)) * space, (col + rng.uniform(0.3, 0.7)) * space
             a, b, turn = rng.uniform(8, 13), rng.uniform(6, 10), rng.uniform(0, np.pi)
             dy = (yy - y + STEP / 2) % STEP - STEP / 2
             dx = (xx - x + STEP / 2) % STEP - STEP / 2
@@ -58,14 +66,15 @@ def pattern() -> np.ndarray:
 class CannedModel(nn.Module):
     """Gives the same maps for every tile; neighbours fit together."""
 
-    def __init__(self) -> None:
+    def __init__(self, nuclei: int, network: CellTyper | None) -> None:
         super().__init__()
+        self.network, self.busy = network, 0.0
         self.weight = nn.Parameter(torch.ones(1))
         self.instances = HV()
         self.maps = {PHENOTYPE: MapSpec(4, "softmax", "bce_dice"), **self.instances.maps}
         self.classes, self.colors, self.mpp = CLASSES, (), 0.25
         self.tile, self.overlap, self.batch_size, self.symmetries = TILE, OVERLAP, 8, 1
-        labels = np.tile(pattern(), (3, 3))
+        labels = np.tile(pattern(nuclei), (3, 3))
         # nuclei across the seam have one number on both sides, which is all that is needed here
         maps = HV().encode(_parted(labels))
         start = STEP - OVERLAP // 2
@@ -86,6 +95,10 @@ class CannedModel(nn.Module):
 
     def forward(self, images: Tensor, features: object = None) -> dict[str, Tensor]:
         """Maps, as often as there are images; nothing is computed or copied."""
+        if self.network is not None:
+            started = time.perf_counter()
+            self.network(images)
+            self.busy += time.perf_counter() - started
         return {name: each.expand(len(images), *each.shape) for name, each in self.canned.items()}
 
     def activate(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,52 +150,79 @@ def make_slide(path: Path, side: int) -> None:
             )
 
 
-def run(path: Path, output: Path) -> dict[str, float]:
+def run(path: Path, output: Path, nuclei: int, vit: bool) -> dict[str, float]:
     """One slide, in this process."""
-    model = CannedModel()
+    network = None
+    if vit:
+        encoder = load_encoder("vit_small_patch16", "random")
+        network = CellTyper(encoder, "dpt", CLASSES).eval()
+    model = CannedModel(nuclei, network)
     with open_slide(path) as slide:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         tissue = tissue_mask(slide)
         facts = infer_slide(model, slide, output, tissue, overwrite=True, progress=False)
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     pixels = facts["tiles"] * STEP**2 / 1e6
-    sizes = {f.name: f.stat().st_size / 1e6 for f in output.iterdir() if f.is_file()}
-    return {
+    found = {
         "Mpx": pixels,
         "cells": facts["cells"],
         "seconds": seconds,
         "Mpx/s": pixels / seconds,
+        "s/Mpx": seconds / pixels,
+        "CPU s/Mpx": cpu / pixels,
         "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "parquet MB": sizes["cells.parquet"],
-        "GeoJSON MB": sizes["cells.geojson"],
     }
+    if network is not None:
+        # as fast as it is when nothing else runs
+        images = torch.rand(model.batch_size, 3, TILE, TILE)
+        with torch.inference_mode():
+            times = [_seconds(network, images) for _ in range(12)]
+        alone = float(np.median(times)) / model.batch_size * facts["tiles"]
+        found |= {
+            "model s": model.busy,
+            "model alone s": alone,
+            "beside %": 100 * (1 - alone / seconds),
+        }
+    return found
+
+
+def _seconds(network: nn.Module, images: Tensor) -> float:
+    started = time.perf_counter()
+    network(images)
+    return time.perf_counter() - started
 
 
 def main() -> None:
     """Run every size in a fresh process and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", type=int, action="append", required=True)
+    parser.add_argument("--nuclei", type=int, default=5, help="along 192 pixels")
+    parser.add_argument("--vit", action="store_true", help="run a ViT-S too")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.here:
         (side,) = options.side
-        path = options.output / f"{side}.tif"
-        print(json.dumps(run(path, options.output / str(side))))
+        for size in (WARM_UP, side):
+            output = options.output / str(size)
+            found = run(options.output / f"{size}.tif", output, options.nuclei, options.vit)
+        print(json.dumps(found))
         return
     rows = []
-    for side in options.side:
+    for side in (WARM_UP, *options.side):
         path = options.output / f"{side}.tif"
         if not path.exists():
             make_slide(path, side)
+    for side in options.side:
         command = [sys.executable, __file__, "--side", str(side), "-o", str(options.output)]
+        command += ["--nuclei", str(options.nuclei), *(["--vit"] if options.vit else [])]
         done = subprocess.run([*command, "--here"], check=True, capture_output=True, text=True)
         rows.append({"side": side, **json.loads(done.stdout.splitlines()[-1])})
     print("| " + " | ".join(rows[0]) + " |")
     print("|---" * len(rows[0]) + "|")
     for row in rows:
-        shown = [f"{value:,.2f}" if value < 100 else f"{value:,.0f}" for value in row.values()]
+        shown = [f"{value:,.3f}" if value < 10 else f"{value:,.0f}" for value in row.values()]
         print(f"| {' | '.join(shown)} |")
 
 

@@ -93,7 +93,7 @@ _SLIDES = (
     click.option("--strict", is_flag=True, help="Slides: a damaged tile is an error."),
     click.option(
         "--block",
-        default=2048,
+        default=1536,
         show_default=True,
         type=click.IntRange(1),
         help="Slides: side of what is worked on at a time, px.",

@@ -18,7 +18,7 @@ from celltyper.models import CellTyper
 from celltyper.slides import Grid, Slide, TissueMask, require_mpp
 from celltyper.tiling import Region, Tile
 
-BLOCK = 2048
+BLOCK = 1536
 """Side of a block in pixels, about: it is a whole number of chunks."""
 CHUNK = 512
 """Side of a chunk of the stored maps in pixels, about: it is a whole number of tiles."""

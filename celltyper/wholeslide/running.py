@@ -215,7 +215,7 @@ class _Cluster(Pool):
 def local_pool() -> Iterator[Pool]:
     """Threads of this process: one block with the model, the next one being read."""
     _give_memory_back()
-    decoders = max(1, min(4, (os.cpu_count() or 2) // 2))
+    decoders = min(4, max(2, os.cpu_count() or 1))
     forward = ThreadPoolExecutor(2, "maps")
     cells = ThreadPoolExecutor(decoders, "cells")
     try:
@@ -388,7 +388,7 @@ def _give_memory_back() -> None:
     with suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_ARENA_MAX, 2)
-        libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        libc.mallopt(_M_MMAP_THRESHOLD, 16 << 20)
 
 
 def _end_with_parent() -> None:

@@ -180,9 +180,10 @@ def infer_slide(
                 ) as bar,
             ):
                 run_blocks(worker, place, keep=keep_maps, progress=_show(bar, worker))
+                bar.set_postfix_str("writing tables")  # of millions of cells: a minute
+                return _finish(output, worker, identity, started)
         finally:
             model.train(was_training)
-        return _finish(output, worker, identity, started)
 
 
 def _show(bar: tqdm[Any], worker: Worker) -> Any:
