@@ -82,7 +82,9 @@ class Canvas:
         for cells, stride in zip(self.maps, self.strides, strict=True):
             row, col = ((x + self.margin) // stride for x in region[:2])
             part = cells[row : row + region.height // stride, col : col + region.width // stride]
-            windows.append(torch.from_numpy(part.astype(np.float32)).movedim(-1, 0))
+            # a copy, as the file is read-only; numpy takes four times as long to widen it
+            half = torch.from_numpy(np.array(part))
+            windows.append(half.float().movedim(-1, 0))
         return windows
 
 

@@ -27,7 +27,7 @@ from made_slides import (
 from celltyper.cells.table import cells_table
 from celltyper.errors import ConfigError, DataError
 from celltyper.predict import predict_image
-from celltyper.slides import Slide, region_mask, tissue_mask, whole_slide
+from celltyper.slides import Slide, open_slide, region_mask, tissue_mask, whole_slide
 from celltyper.tiling import Region
 from celltyper.wholeslide import infer_slide, make_plan
 
@@ -106,6 +106,23 @@ def test_cells_do_not_depend_on_how_the_work_is_cut(
 ) -> None:
     run(made_slide(labels), tmp_path, **options)
     check_same(tmp_path / "cells.parquet", whole(labels))
+
+
+def test_cells_of_a_real_slide_do_not_depend_on_how_the_work_is_cut(
+    real_data: Path, tmp_path: Path
+) -> None:
+    part = Region(900, 900, 300, 400)
+    # what is dark is a nucleus to this model, and color its coordinates: worse than any network
+    found = []
+    for i, options in enumerate(({"block": 10_000}, {"block": 150, "batch_size": 1})):
+        with open_slide(real_data / "slides" / "cmu-1-small-region.svs") as slide:
+            model = PixelModel()
+            model.mpp = 0.4
+            tissue = region_mask(part, slide)
+            facts = run(slide, tmp_path / str(i), model, tissue=tissue, **options)
+            assert facts["cells"] > 100
+        found.append(pq.read_table(tmp_path / str(i) / "cells.parquet"))
+    check_same(tmp_path / "0" / "cells.parquet", found[1])
 
 
 class Killed(BaseException):
