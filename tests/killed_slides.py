@@ -1,6 +1,6 @@
 """One slide in a process that is killed again and again: ``python killed_slides.py OUT KILLS``.
 
-It is forked from one that has all modules, as starting takes longer than the slide.
+Prints how often it was killed before the slide was done. It is forked from one that has all modules, as starting takes longer than the slide.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def count(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    out, kills = Path(sys.argv[1]), int(sys.argv[2])
+    out, kills = Path(sys.argv[1]), 0
     rng = np.random.default_rng(0)
     while True:
-        before, more = count(out), int(rng.integers(1, 12))
+        before, more = count(out), int(rng.integers(1, 8))
         child = os.fork()
         if not child:
             status = 1
@@ -42,11 +42,12 @@ if __name__ == "__main__":
             finally:
                 os._exit(status)
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-            if kills and abs(count(out) - before) >= more:
+            if kills < int(sys.argv[2]) and abs(count(out) - before) >= more:
                 os.kill(child, signal.SIGKILL)
                 ended = os.waitpid(child, 0)
                 break
             time.sleep(0.002)
         if os.WIFEXITED(ended[1]):
-            sys.exit(os.WEXITSTATUS(ended[1]) or kills)
-        kills -= 1
+            print(kills)
+            sys.exit(os.WEXITSTATUS(ended[1]))
+        kills += 1

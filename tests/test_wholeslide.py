@@ -180,8 +180,9 @@ def test_finished_blocks_are_not_done_again(labels: np.ndarray, tmp_path: Path) 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_sigkill_at_any_moment(tmp_path: Path) -> None:
     script = Path(__file__).with_name("killed_slides.py")
-    # it fails if the slide is done before it was killed so often
-    subprocess.run([sys.executable, str(script), str(tmp_path / "killed"), "5"], check=True)
+    command = [sys.executable, str(script), str(tmp_path / "killed"), "5"]
+    kills = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    assert int(kills) >= 3  # it may be done before the fifth
     run(made_slide(made_labels(420, 610)), tmp_path / "straight")
     for name in ("cells.parquet", "cells.geojson"):
         straight, killed = (tmp_path / each / name for each in ("straight", "killed"))
