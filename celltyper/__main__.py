@@ -14,8 +14,10 @@ from celltyper import __version__
 from celltyper.commands.data import data
 from celltyper.commands.encoders import encoders
 from celltyper.commands.export import export
+from celltyper.commands.models import models
 from celltyper.commands.shared import (
     IMAGES,
+    MODEL,
     MODEL_OPTIONS,
     PATH,
     SKIP_BAD,
@@ -119,7 +121,12 @@ def train(
 
 @cli.command()
 @click.argument("inputs", nargs=-1, required=True, metavar="IMAGE...")
-@click.option("-m", "--model", type=PATH, required=True, help="Run folder or checkpoint.")
+@click.option(
+    "-m",
+    "--model",
+    type=MODEL,
+    help="Run folder, checkpoint, or name of a model.  [default: that of the box]",
+)
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
 @click.option("--mpp", type=float, help="Micrometres per pixel.  [default: as the files say]")
 @click.option("--points", type=PATH, help="Patches: where to look on IMAGE (CSV, cells, GeoJSON).")
@@ -128,7 +135,9 @@ def train(
 @click.option("--overwrite", is_flag=True, help="Replace earlier results in the folder.")
 @slides
 @predicting
-def infer(inputs: tuple[str, ...], model: Path, output: Path, quiet: bool, **options: Any) -> None:
+def infer(
+    inputs: tuple[str, ...], model: str | None, output: Path, quiet: bool, **options: Any
+) -> None:
     """Find and type the cells of images (PNG, JPEG, TIFF), of slides, or of folders of them.
 
     Slides are what OpenSlide and OME-Zarr know, and large images: worked on in blocks, in bounded
@@ -137,38 +146,42 @@ def infer(inputs: tuple[str, ...], model: Path, output: Path, quiet: bool, **opt
     of its models.
 
     \b
+    celltyper infer image.png -o out
     celltyper infer image.png -m run -o out
     celltyper infer slides/*.svs -m run -o out --workers 2
     celltyper infer patches/ -m mitosis-run -o out --mpp 0.25
     celltyper infer slide.svs --points cells.csv -m mitosis-run -o out
     """  # noqa: D301
     start_log(quiet)
+    from celltyper.library.shelf import find_model
+
+    found = find_model(model)
     from celltyper.checkpoints import task_of_run
 
-    if task_of_run(model) == "patches":
+    if task_of_run(found) == "patches":
         options = of_patches(options)
         from celltyper.classification.inference import infer_patches, inferred_text
 
-        done = infer_patches(inputs, model, output, progress=not quiet, **options)
+        done = infer_patches(inputs, found, output, progress=not quiet, **options)
         say(quiet, inferred_text(done))
         return
     options = of_cells(options)
     from celltyper.cohort import are_slides, infer_slides, summary_text
 
     if given(SLIDES_ONLY) or are_slides(inputs):
-        folder = infer_slides(inputs, model, output, progress=not quiet, **options)
+        folder = infer_slides(inputs, found, output, progress=not quiet, **options)
         say(quiet, summary_text(folder))
         say(quiet, f"report: {folder / 'report.html'}")
         return
     options = {name: value for name, value in options.items() if name not in SLIDES_ONLY}
     from celltyper.inference import infer as run
 
-    folder = run(inputs, model, output, progress=not quiet, **options)
+    folder = run(inputs, found, output, progress=not quiet, **options)
     say(quiet, f"cells: {folder / 'cells.parquet'}")
 
 
 @cli.command(name="eval")
-@click.argument("run", required=False, type=PATH)
+@click.argument("run", required=False, type=MODEL)
 @click.argument("data", required=False, type=PATH)
 @click.option("--pred", type=PATH, help="Folder that 'celltyper infer' wrote, or label images.")
 @click.option("--ref", type=PATH, help="Annotated images.")
@@ -190,7 +203,7 @@ def infer(inputs: tuple[str, ...], model: Path, output: Path, quiet: bool, **opt
 @reading
 @predicting
 def evaluate(
-    run: Path | None,
+    run: str | None,
     data: Path | None,
     pred: Path | None,
     ref: Path | None,
@@ -214,22 +227,26 @@ def evaluate(
         refuse(own, "for RUN and DATA: --pred runs no model")
         options = {name: value for name, value in options.items() if name not in own}
     start_log(quiet)
+    found = None
     if run is not None and data is not None:
+        from celltyper.library.shelf import find_model
+
+        found = find_model(run)
         from celltyper.checkpoints import task_of_run
 
-        if task_of_run(run) == "patches":
+        if task_of_run(found) == "patches":
             from celltyper.classification.evaluating import evaluate_patches
             from celltyper.classification.wording import evaluation_text
 
-            done = evaluate_patches(run, data, progress=not quiet, **of_patches(options))
+            done = evaluate_patches(found, data, progress=not quiet, **of_patches(options))
             say(quiet, evaluation_text(done))
             say(quiet, f"report: {done.folder / 'report.html'}")
             return
     options = of_cells(options)
     from celltyper.results import evaluate_predictions, evaluate_run, summary_text
 
-    if run is not None and data is not None:
-        summary, folder = evaluate_run(run, data, progress=not quiet, **options)
+    if found is not None and data is not None:
+        summary, folder = evaluate_run(found, data, progress=not quiet, **options)
     else:
         summary, folder = evaluate_predictions(pred or "", ref or "", **options)
     say(quiet, summary_text(summary))
@@ -302,6 +319,7 @@ def demo(
 cli.add_command(encoders)
 cli.add_command(data)
 cli.add_command(export)
+cli.add_command(models)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -47,11 +47,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
         # Not tempfile.mkstemp: its 0600 would override the user's umask on the final file.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode
     except OSError as error:
         raise _explained(error, path) from error
     try:
         yield temporary
         flush(temporary)
+        # safetensors puts a file in its place that only the owner may read
+        temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -29,11 +29,16 @@ from celltyper.encoders.adapt import Adapted, freeze
 from celltyper.encoders.lora import merge_lora
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import CheckpointError, ConfigError
+from celltyper.library.files import (
+    FORMAT,
+    HEADER_KEY,
+    MODEL_FILE,
+    PROTOCOL_FILE,
+    check_format,
+    read_header,
+)
+from celltyper.library.shelf import find_model
 from celltyper.models import CellTyper, Ensemble, build_model
-
-FORMAT = 1
-PROTOCOL_FILE = "protocol.json"
-MODEL_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,10 @@ def task_of_run(path: str | Path) -> str:
     """
     found = model_folders(path)[0]
     try:
-        with safe_open(found / MODEL_FILE if found.is_dir() else found, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["celltyper"])
-        return str(header.get("task", "cells"))
-    except (SafetensorError, OSError, KeyError, ValueError, AttributeError):
+        header = read_header(found / MODEL_FILE if found.is_dir() else found)
+    except CheckpointError:
         return "cells"
+    return str(header.get("task", "cells"))
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -172,7 +176,7 @@ def save_model(
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     device: str | torch.device = "cpu",
     encoder_weights: str | None = None,
@@ -183,9 +187,10 @@ def load_model(
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or None
         What ``celltyper train`` wrote, or the ``model.safetensors`` in it; of the folder of a
-        protocol, all finished runs together, see `celltyper.models.Ensemble`.
+        protocol, all finished runs together, see `celltyper.models.Ensemble`. A plain word may be
+        the name of a model, and None is that of the box: see `celltyper.library.shelf.find_model`.
     device : str or torch.device
         Where to put the model.
     encoder_weights : str or None
@@ -208,6 +213,7 @@ def load_model(
         If the file is missing, damaged, of another format, names code that was not allowed, or
         does not fit the encoder.
     """
+    path = find_model(path)
     models = [
         _load(folder, device, encoder_weights=encoder_weights, allow_code=allow_code, merge=merge)
         for folder in model_folders(path)
@@ -231,11 +237,7 @@ def _load(
     # both before the rest, which another format or task holds in another way
     if values.get("task", "cells") != "cells":
         raise CheckpointError(f"{file} types patches: it does not find cells on images")
-    if values.get("format", FORMAT) != FORMAT:
-        raise CheckpointError(
-            f"{file} has checkpoint format {values['format']}, this celltyper reads {FORMAT}; "
-            f"use celltyper {values.get('celltyper_version', 'of another version')}"
-        )
+    check_format(values, file)
     try:
         header = Header(**values)
         config = parse_config(header.config, where=f"config in {file}")
@@ -310,7 +312,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     with atomic_path(path) as temporary:
         try:
-            save_file(own, temporary, metadata={"celltyper": json.dumps(header)})
+            save_file(own, temporary, metadata={HEADER_KEY: json.dumps(header)})
         except SafetensorError as error:
             # It hides the system's error in its text, so a full disk would look like a bad file.
             found = re.search(r"(?:os error|code:) (\d+)", str(error))
@@ -326,13 +328,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     CheckpointError
         If the file is damaged or was not written by celltyper.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, dict(json.loads(metadata["celltyper"]))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or was not written by celltyper ({one_line(error)}); "
-            "give another file, or train again with --overwrite"
-        ) from error
+    header = read_header(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118

@@ -19,6 +19,7 @@ from celltyper.atomic import make_folder, write_json
 from celltyper.checkpoints import load_model
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.errors import CelltyperError, ConfigError, DataError, RunError
+from celltyper.library.shelf import find_model
 from celltyper.models import colors_of
 from celltyper.predict import autocast, check_mpp, pick_device
 from celltyper.readers.files import read_table
@@ -157,7 +158,7 @@ def find_slides(
 
 def infer_slides(
     inputs: Sequence[str | Path],
-    run: str | Path,
+    run: str | Path | None,
     output: str | Path,
     *,
     mpp: float | None = None,
@@ -189,8 +190,8 @@ def infer_slides(
     ----------
     inputs : sequence of str or Path
         See `find_slides`.
-    run : str or Path
-        Run folder or checkpoint.
+    run : str, Path or None
+        See `celltyper.infer`.
     output : str or Path
         Folder to write to.
     mpp, tissue, region
@@ -226,6 +227,7 @@ def infer_slides(
         If interrupted, saying how to go on.
     """
     output = Path(output)
+    run = find_model(run)
     check_mpp(mpp)
     if workers < 1 or (workers > 1 and cluster):
         raise ConfigError("give --workers, 1 or more, or --cluster, not both")
@@ -248,7 +250,7 @@ def infer_slides(
     weights = encoder_weights
     if weights is not None and Path(weights).exists():
         weights = str(Path(weights).absolute())
-    source = ModelSource(str(Path(run).absolute()), device, weights, allow_code)
+    source = ModelSource(str(run.absolute()), device, weights, allow_code)
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     stale = overwrite

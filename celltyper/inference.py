@@ -27,6 +27,7 @@ from celltyper.config import one_line
 from celltyper.datasets import read_image
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.errors import ConfigError, DataError
+from celltyper.library.shelf import find_model
 from celltyper.models import CellTyper, colors_of
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.readers.files import files_by_stem
@@ -51,7 +52,7 @@ OVERLAY_FILE = "overlay.png"
 
 def infer(
     inputs: Sequence[str | Path],
-    run: str | Path,
+    run: str | Path | None,
     output: str | Path,
     *,
     mpp: float | None = None,
@@ -75,8 +76,9 @@ def infer(
     ----------
     inputs : sequence of str or Path
         Images, or folders of images.
-    run : str or Path
-        Run folder or checkpoint.
+    run : str, Path or None
+        Run folder or checkpoint. A plain word may be the name of a model, and None is that of the
+        box: see `celltyper.library.shelf.find_model`.
     output : str or Path
         Folder to write to.
     mpp : float or None
@@ -111,6 +113,7 @@ def infer(
         For wrong input, before anything is written.
     """
     output = Path(output)
+    run = find_model(run)
     paths = find_images(inputs)
     folders = {name: output if len(paths) == 1 else output / name for name in paths}
     check_free(output)
@@ -190,7 +193,7 @@ def infer(
         output / INDEX_FILE,
         {
             "celltyper": __version__,
-            "model": str(Path(run).absolute()),
+            "model": str(run.absolute()),
             "classes": list(model.classes),
             "colors": list(colors_of(model)),
             "model_mpp": model.mpp,

@@ -13,13 +13,14 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celltyper.checkpoints import MODEL_FILE, load_state, save_model, trained_state, write_tensors
+from celltyper.checkpoints import load_state, save_model, trained_state, write_tensors
 from celltyper.config import Config, Loss, one_line
 from celltyper.datasets import Dataset
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import ConfigError
 from celltyper.evaluation import score_image, summarise
 from celltyper.features import FeatureCache
+from celltyper.library.files import MODEL_FILE
 from celltyper.losses import effective_class_weights
 from celltyper.models import CellTyper
 from celltyper.objective import objective

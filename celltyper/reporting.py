@@ -15,6 +15,7 @@ from celltyper import __version__
 from celltyper.cells.colors import default_colors
 from celltyper.datasets import Dataset
 from celltyper.evaluation import Estimate, ImageScores, Summary, summarise
+from celltyper.library.cards import card_line
 from celltyper.metrics.calibration import reliability_table
 from celltyper.report.data import Metric, Reliability, Report, ReportImage, Table
 from celltyper.runs import CONFIG_FILE, HISTORY_FILE, RUN_FILE
@@ -65,7 +66,7 @@ def make_report(
         history=_history(run / HISTORY_FILE) if run else {},
         images=[_report_image(dataset[i.name], by_name[i.name], i) for i in worst],
         worst_by="bPQ",
-        facts=_facts_text(facts, dataset),
+        facts=_facts_text(facts, dataset, card_line(run) if run else None),
         config=(run / CONFIG_FILE).read_text("utf-8")
         if run and (run / CONFIG_FILE).is_file()
         else "",
@@ -146,11 +147,11 @@ def _warnings(summary: Summary) -> list[str]:
     return found
 
 
-def _facts_text(facts: Mapping[str, Any], dataset: Dataset) -> dict[str, str]:
-    shown: dict[str, str] = {
-        "evaluated on": f"{dataset.name}, {len(dataset)} images",
-        "celltyper": __version__,
-    }
+def _facts_text(facts: Mapping[str, Any], dataset: Dataset, card: str | None) -> dict[str, str]:
+    shown: dict[str, str] = {"evaluated on": f"{dataset.name}, {len(dataset)} images"}
+    if card:
+        shown["model card"] = card
+    shown["celltyper"] = __version__
     for key in ("device", "torch", "python", "seed", "steps", "best_step", "seconds"):
         if key in facts:
             shown[key.replace("_", " ")] = str(facts[key])

@@ -22,6 +22,7 @@ from celltyper.errors import DataError
 from celltyper.evaluation import Estimate, Summary, evaluate, score_image, summarise
 from celltyper.inference import read_index, read_predictions
 from celltyper.labels import label_ids, mean_in_labels
+from celltyper.library.shelf import find_model, results_folder
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.readers import open_dataset, open_parts
 from celltyper.report.html import write_report
@@ -59,7 +60,8 @@ def evaluate_run(
     Parameters
     ----------
     run : str or Path
-        Run folder, checkpoint, or the folder of a protocol, whose models make an ensemble.
+        Run folder, checkpoint, or the folder of a protocol, whose models make an ensemble; or the
+        name of a model, see `celltyper.library.shelf.find_model`.
     data : str or Path
         Annotated images.
     output : str or Path or None
@@ -91,11 +93,10 @@ def evaluate_run(
     DataError, ConfigError, CheckpointError
         For wrong input, before anything is written.
     """
-    run = Path(run)
+    run = find_model(run)
     check_mpp(mpp)
     folder = evaluation_folder(
-        Path(output) if output else (run if run.is_dir() else run.parent) / "eval",
-        overwrite=overwrite,
+        Path(output) if output else results_folder(run) / "eval", overwrite=overwrite
     )
     place = pick_device(device)
     autocast(place, precision)

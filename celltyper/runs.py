@@ -16,7 +16,6 @@ from pydantic import BaseModel
 
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_text
-from celltyper.checkpoints import MODEL_FILE
 from celltyper.config import Config, Encoder, Lora, Section, dump_config, load_config
 from celltyper.datasets import Dataset
 from celltyper.encoders import find_card
@@ -25,6 +24,7 @@ from celltyper.encoders.hub import HUB_NAMES, MADE_NAMES, find_weights
 from celltyper.encoders.lora import read_adapter
 from celltyper.errors import ConfigError
 from celltyper.labels import label_ids
+from celltyper.library.files import MODEL_FILE
 from celltyper.models import CellTyper
 
 CONFIG_FILE = "config.yaml"

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from celltyper.atomic import write_json
 from celltyper.cache import cache_folder
 from celltyper.checkpoints import (
-    MODEL_FILE,
     read_tensors,
 )
 from celltyper.config import Config, Train
@@ -36,6 +35,7 @@ from celltyper.encoders.trainability import check_trainability, parameter_digest
 from celltyper.errors import ConfigError, DataError, TrainingError
 from celltyper.evaluation import SCORES
 from celltyper.features import Canvas, FeatureCache
+from celltyper.library.files import MODEL_FILE
 from celltyper.loop import Loop, check_compile, class_weights
 from celltyper.models import CellTyper, build_model
 from celltyper.parts import Parts, divide

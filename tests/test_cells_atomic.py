@@ -27,6 +27,17 @@ def test_replaces_and_respects_the_umask(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_private_file_in_its_place_respects_the_umask_too(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "a") as temporary:
+            (tmp_path / "other").touch(0o600)
+            (tmp_path / "other").replace(temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize(
     ("raised", "expected", "words"),
     [

@@ -20,7 +20,7 @@ LAYERS = [
     {"loop", "wholeslide"},
     {"evaluation", "predict", "objective", "targets", "runs"},
     {"checkpoints", "optim"},
-    {"models", "features", "parts", "probes", "patches"},
+    {"models", "features", "parts", "probes", "patches", "library"},
     {"config", "encoders", "report", "decoders", "readers"},
     {"slides"},
     {"datasets"},

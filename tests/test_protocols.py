@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from celltyper.checkpoints import PROTOCOL_FILE
 from celltyper.classification.config import PatchData
 from celltyper.config import Config, Data
 from celltyper.datasets import Dataset, write_folder
 from celltyper.errors import ConfigError, DataError
 from celltyper.evaluation import ImageScores, score_image, summarise
 from celltyper.features import FeatureCache
+from celltyper.library.files import PROTOCOL_FILE
 from celltyper.protocols import load_protocol, protocol_table, report_protocol, run_protocol
 from celltyper.protocols.plan import PlannedRun, plan_runs
 from celltyper.protocols.protocol import FIXED, Protocol, protocol_files, variant_configs

@@ -603,8 +603,10 @@ def test_names_are_shown_as_they_are(page: Page) -> None:
 
 def test_a_slide_without_cells_has_a_page(tmp_path: Path) -> None:
     with Slide(Plain()) as slide:
-        page = page_of(tmp_path, made_cells(0), slide, warnings=["no cell was found"])
+        changes: dict[str, Any] = {"warnings": ["no cell was found"], "model_card": "not for <x>"}
+        page = page_of(tmp_path, made_cells(0), slide, **changes)
     assert "no cell was found" in page.text
+    assert page.row("model card") == ["not for <x>"]
     assert page.row("all cells") == ["0", "–", "0", "–", "–"]  # noqa: RUF001
     assert len(page.all("div", class_="view")) == 1
     assert "Density" not in page.text
@@ -684,7 +686,13 @@ def cohort_facts(name: str, counts: dict[str, int], area: float | None, **change
 @pytest.fixture
 def slides() -> list[Any]:
     return [
-        cohort_facts("one", {"tumour": 3000, "<i>dead</i>": 1000}, 8.0, folder="first #1"),
+        cohort_facts(
+            "one",
+            {"tumour": 3000, "<i>dead</i>": 1000},
+            8.0,
+            folder="first #1",
+            model_card="<x>",
+        ),
         cohort_facts(
             "two & more", {"tumour": 0, "<i>dead</i>": 500}, 2.0, warnings=["a <u>tile</u>", "b"]
         ),
@@ -712,6 +720,7 @@ def test_every_slide_has_a_row_and_all_have_their_sum(cohort: Page) -> None:
     assert cohort.row("pixels")[:3] == ["50", "–", "–"]  # noqa: RUF001
     # cells of unknown area are in the sum, not in the density: 4600 on 20
     assert cohort.row("all slides")[:3] == ["4,650", "20.0", "230"]
+    assert cohort.row("model card") == ["<x>"]
     rows = [row for row in cohort.rows if row and row[0] in ("one", "other", "all slides")]
     assert [row[1:] for row in rows[3:]] == [
         ["375", "125"],

@@ -14,6 +14,7 @@ import torch
 from celltyper.checkpoints import model_folders
 from celltyper.classification.model import PatchModel, load_patch_models
 from celltyper.errors import ConfigError, DataError
+from celltyper.library.cards import card_line
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import padded, read_header
 
@@ -60,6 +61,7 @@ def model_facts(
     first = models[0]
     return {
         "model": str(Path(run).absolute()),
+        "model_card": card_line(Path(run)),
         "models": [str(folder.absolute()) for folder in model_folders(run)],
         "classes": list(first.classes),
         "positive": first.classes[first.positive],

@@ -40,6 +40,7 @@ from celltyper.classification.seen import find_seen, training_part
 from celltyper.classification.typed import typed_table, write_table
 from celltyper.config import dump_config, one_line
 from celltyper.errors import DataError
+from celltyper.library.shelf import find_model, results_folder
 from celltyper.metrics.bootstrap import PairedDifference
 from celltyper.metrics.comparison import ScoredPatches, paired_difference
 from celltyper.parts import read_splits
@@ -84,7 +85,8 @@ def evaluate_patches(
     Parameters
     ----------
     run : str or Path
-        Run folder, or the folder of a protocol, whose models are scored together and each alone.
+        Run folder, or the folder of a protocol, whose models are scored together and each alone;
+        or the name of a model, see `celltyper.library.shelf.find_model`.
     data : str or Path
         Annotated windows in any layout of `celltyper.patches.reading.open_patches`.
     output : str or Path or None
@@ -119,11 +121,10 @@ def evaluate_patches(
     DataError, ConfigError, CheckpointError
         For wrong input, before anything is written.
     """
-    run, data = Path(run), Path(data)
+    run, data = find_model(run), Path(data)
     check_mpp(mpp)
     folder = evaluation_folder(
-        Path(output) if output else (run if run.is_dir() else run.parent) / "eval",
-        overwrite=overwrite,
+        Path(output) if output else results_folder(run) / "eval", overwrite=overwrite
     )
     place = pick_device(device)
     models = load_models(run, place, encoder_weights, batch_size)

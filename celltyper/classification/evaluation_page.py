@@ -53,6 +53,7 @@ def evaluation_page(found: PatchEvaluation) -> Page:
     name = "ensemble" if found.singles else found.runs[0]
     tested = {name: Tested(table.labels, found.mean, scores)}
     several = "ensemble of " if found.singles else ""
+    card = facts["model_card"]
     return Page(
         title=f"celltyper evaluation: {facts['data']['name']}",
         interval=f"95 % interval, bootstrap over {scores.clusters:,} slides or patients",
@@ -65,6 +66,7 @@ def evaluation_page(found: PatchEvaluation) -> Page:
             "evaluated on": f"{facts['data']['path']}, {len(table):,} patches of "
             f"{scores.clusters:,} slides or patients",
             "model": f"{several}{', '.join(found.runs)} in {facts['model']}",
+            **({"model card": card} if card else {}),
             "positive class": f"{facts['positive']}, {threshold_text(found)}",
             "window": f"{facts['size']} px at {facts['mpp'] or 'unknown'} µm a pixel, averaged "
             f"over {facts['symmetries']} symmetries",

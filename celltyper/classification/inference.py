@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_json
-from celltyper.checkpoints import PROTOCOL_FILE
 from celltyper.classification.ensemble import (
     check_resolution_known,
     check_resolution_wanted,
@@ -35,6 +34,8 @@ from celltyper.classification.typed import (
 )
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.errors import ConfigError, DataError
+from celltyper.library.files import PROTOCOL_FILE
+from celltyper.library.shelf import find_model
 from celltyper.patches.checking import readable
 from celltyper.patches.folders import class_folders, pictures
 from celltyper.patches.points import Points, read_points
@@ -102,7 +103,8 @@ def infer_patches(
     inputs : sequence of str or Path
         Patches, folders of patches, tables of patches or points (CSV); with `points`, one image.
     run : str or Path
-        Run folder, or the folder of a protocol, whose models then type as an ensemble.
+        Run folder, or the folder of a protocol, whose models then type as an ensemble; or the name
+        of a model, see `celltyper.library.shelf.find_model`.
     output : str or Path
         Folder to write to. Nothing is written before everything is typed.
     points : str or Path or None
@@ -138,6 +140,7 @@ def infer_patches(
     """
     started = time.monotonic()
     output = Path(output)
+    run = find_model(run)
     _check_output(output, overwrite)
     check_mpp(mpp)
     paths = [Path(path) for path in inputs]

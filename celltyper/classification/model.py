@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from celltyper import __version__
 from celltyper.cache import cache_folder
 from celltyper.checkpoints import (
-    MODEL_FILE,
     load_state,
     model_folders,
     read_tensors,
@@ -28,10 +27,9 @@ from celltyper.config import parse_config
 from celltyper.encoders import load_encoder
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import CheckpointError
+from celltyper.library.files import FORMAT, MODEL_FILE, check_format
 from celltyper.patches.table import PatchTable
 from celltyper.probes import Probe, load_probe
-
-FORMAT = 1
 
 
 class Predictor(Protocol):
@@ -287,11 +285,7 @@ def load_patch_model(
     tensors, header = read_tensors(file)
     if header.get("task") != "patches":
         raise CheckpointError(f"{file} finds cells on images: it does not type patches")
-    if header.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{file} was written by celltyper {header.get('celltyper_version')}, whose format "
-            "this version does not read"
-        )
+    check_format(header, file)
     return _made(file, tensors, header, device, encoder_weights, embedder)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from celltyper.commands.shared import PATH, refuse, say, start_log
+from celltyper.commands.shared import MODEL, PATH, refuse, say, start_log
 
 
 @click.command()
-@click.argument("folder", type=PATH, metavar="FOLDER")
+@click.argument("folder", type=MODEL, metavar="FOLDER")
 @click.option(
     "--to",
     metavar="A,B",
@@ -21,8 +21,8 @@ from celltyper.commands.shared import PATH, refuse, say, start_log
     "--format",
     default="onnx",
     show_default=True,
-    type=click.Choice(["onnx", "torchscript", "torch-export", "peft"]),
-    help="Model: peft is only the adapters of the encoder.",
+    type=click.Choice(["onnx", "torchscript", "torch-export", "peft", "half"]),
+    help="Model: peft is only the adapters of the encoder, half a smaller one for celltyper.",
 )
 @click.option(
     "-o",
@@ -41,53 +41,68 @@ from celltyper.commands.shared import PATH, refuse, say, start_log
     metavar="PATH",
     help="Model: encoder weights (file or folder), if not where they were.",
 )
+@click.option("--whole", is_flag=True, help="Half: with the encoder's own weights inside.")
 @click.option("--allow-code", is_flag=True, help="Model: import the author's code that it names.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")
 def export(
-    folder: Path,
+    folder: str,
     to: str | None,
     format: str,
     output: Path | None,
     tile: int | None,
+    whole: bool,
     overwrite: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
     """Write a model, or the cells that were found, for other programs.
 
-    Of a run: its model as one file, checked against the model (docs/export.md). Of results of
-    infer: the cells in other formats (docs/formats.md).
+    Of a run, or a model by its name: the model as one file, checked against it (docs/export.md).
+    Of results of infer: the cells in other formats (docs/formats.md).
 
     \b
     celltyper export run --format torchscript
+    celltyper export run --format half -o nuclei
     celltyper export out --to ome-zarr,anndata
     """  # noqa: D301
     start_log(quiet)
-    results = (folder / "infer.json").is_file()
+    found = Path(folder)
+    results = (found / "infer.json").is_file()
     if to is None and results:
         raise click.UsageError(f"{folder} holds cells: say --to geojson, csv, ome-zarr, ...")
     if to is not None:
-        if not results and (folder / "config.yaml").is_file():
+        if not results and (found / "config.yaml").is_file():
             raise click.UsageError(f"--to is for results of infer, and {folder} is a run")
-        refuse(("format", "tile", "encoder_weights", "allow_code"), "for a model, --to for cells")
+        refuse(
+            ("format", "tile", "whole", "encoder_weights", "allow_code"),
+            "for a model, --to for cells",
+        )
         from celltyper.formats import export_cells
 
         names = [name.strip() for name in to.split(",") if name.strip()]
-        for path in export_cells(folder, names, output, overwrite=overwrite, progress=not quiet):
+        for path in export_cells(found, names, output, overwrite=overwrite, progress=not quiet):
             say(quiet, f"cells: {path}")
         return
-    from celltyper.exporting import SUFFIXES, export_adapter, export_model
+    if whole and format != "half":
+        raise click.UsageError("--whole is for --format half: other formats hold everything")
+    other = {"peft": "peft writes adapters only", "half": "half takes tiles of any size"}
+    if tile is not None and format in other:
+        raise click.UsageError(f"--tile is for a model in other programs: {other[format]}")
+    from celltyper.library.shelf import find_model, results_folder
 
-    inside = folder if folder.is_dir() else folder.parent
+    found = find_model(folder)
+    from celltyper.exporting import SUFFIXES, export_adapter, export_half, export_model
+
+    own = {"peft": "adapter", "half": "half"}.get(format) or f"model{SUFFIXES[format]}"
+    path = output or results_folder(found) / own
     options["overwrite"] = overwrite
     if format == "peft":
-        if tile is not None:
-            raise click.UsageError("--tile is for a whole model: peft writes adapters only")
-        adapter = export_adapter(folder, output or inside / "adapter", **options)
-        say(quiet, f"adapter: {adapter}")
+        say(quiet, f"adapter: {export_adapter(found, path, **options)}")
         return
-    path = output or inside / f"model{SUFFIXES[format]}"
-    done = export_model(folder, path, format, tile=tile, **options)
+    if format == "half":
+        done = export_half(found, path, whole=whole, **options)
+    else:
+        done = export_model(found, path, format, tile=tile, **options)
     say(quiet, f"largest difference to the model: {done.largest_difference:.2g}")
     say(quiet, f"{format}: {done.path}")

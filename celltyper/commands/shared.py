@@ -12,6 +12,8 @@ import click
 from click.core import ParameterSource
 
 PATH = click.Path(path_type=Path)
+MODEL = click.Path()
+"""A path or name, as it was typed: to Path, "./NAME" would be the same as "NAME"."""
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:

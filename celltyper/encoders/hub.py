@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +188,56 @@ def download_config(hub_id: str) -> Path:
     return _download(wanted, cached=cached).path
 
 
+def download_model(
+    hub_id: str, files: Sequence[str], folder: Path, revision: str | None = None
+) -> str | None:
+    """Fetch a trained model from the Hugging Face hub, past its cache.
+
+    Parameters
+    ----------
+    hub_id : str
+        ``owner/name``.
+    files : sequence of str
+        The first must be there; others are fetched if they are, all of one commit.
+    folder : Path
+        Gets them.
+    revision : str, optional
+        Commit or branch; without it the main branch.
+
+    Returns
+    -------
+    str or None
+        The commit.
+
+    Raises
+    ------
+    CheckpointError
+        As `download_weights`.
+    """
+    commit = revision
+    with tempfile.TemporaryDirectory(prefix=".hub-", dir=folder) as work:
+        for name in files:
+            wanted = _Wanted(
+                hub_id,
+                hub_id,
+                commit,
+                (name,),
+                page=f"huggingface.co/{hub_id}",
+                otherwise="or get the file another way and give it with -m",
+                kind="model",
+                newest="--revision main",
+                elsewhere="or set CELLTYPER_CACHE to another folder",
+            )
+            try:
+                path, commit = _download(wanted, into=Path(work))
+            except _NoFileError:
+                if name == files[0]:
+                    raise
+            else:
+                path.replace(folder / name)
+    return commit
+
+
 def fetch_weights(card: EncoderCard, folder: Path | None = None) -> Fetched:
     """Make weights ready for a machine without network.
 
@@ -211,7 +261,7 @@ def fetch_weights(card: EncoderCard, folder: Path | None = None) -> Fetched:
     """
     cached = find_in_cache(card, hub_cache())
     if cached is not None:
-        _check(cached, _sha256_of_link(cached), card.name)
+        _check(cached, _sha256_of_link(cached), f"encoder {card.name!r}")
     if folder is None:
         path = download_weights(card)
         return Fetched(path, path.stat().st_size, commit_of(path), new=path != cached)
@@ -234,7 +284,7 @@ def fetch_weights(card: EncoderCard, folder: Path | None = None) -> Fetched:
                 source.replace(temporary)
     size = target.stat().st_size
     facts = {"file": target.name, "hub_id": card.hub_id, "commit": commit, "size": size}
-    write_json(source_file(target), {**facts, "sha256": _sha256(target), "licence": card.licence})
+    write_json(source_file(target), {**facts, "sha256": sha256_of(target), "licence": card.licence})
     return Fetched(target, size, commit, new=True)
 
 
@@ -253,6 +303,18 @@ class _Wanted:
     files: tuple[str, ...]
     page: str
     otherwise: str
+    kind: str = "encoder"
+    newest: str = "encoder.revision=main (--revision main)"
+    elsewhere: str = "choose another folder with 'encoders fetch --to', or set HF_HOME"
+
+    @property
+    def who(self) -> str:
+        return f"{self.kind} {self.name!r}"
+
+    @property
+    def absent(self) -> str:
+        place = f"in the hub's cache {hub_cache()}" if self.kind == "encoder" else "here"
+        return f"{self.where} is not {place}"
 
     @property
     def where(self) -> str:
@@ -298,11 +360,11 @@ def _download(
                 return _Download(cached, commit_of(cached))
             raise _explained(error, wanted, filename, asked=asked) from None
         if path != cached:
-            _check(path, remote.sha256, wanted.name, remote.size)
+            _check(path, remote.sha256, wanted.who, remote.size, wanted.otherwise)
         return _Download(path, remote.commit)
     files = ", ".join(wanted.files)
-    raise CheckpointError(
-        f"encoder {wanted.name!r}: {_hub()} has none of {files} in {wanted.where}; "
+    raise _NoFileError(
+        f"{wanted.who}: {_hub()} has none of {files} in {wanted.where}; "
         f"check the name, {wanted.otherwise}"
     )
 
@@ -311,6 +373,10 @@ class _Remote(NamedTuple):
     commit: str
     sha256: str | None
     size: int | None
+
+
+class _NoFileError(CheckpointError):
+    """The repository is there, but none of the files that were wanted."""
 
 
 class _NoHubError(Exception):
@@ -370,15 +436,13 @@ def _explained(error: Exception, wanted: _Wanted, filename: str, *, asked: bool)
     if isinstance(error, GatedRepoError):
         reason = f"{where} is gated: accept the terms on {wanted.page}, run 'hf auth login'"
     elif isinstance(error, RevisionNotFoundError):
-        reason = (
-            f"{hub} has no {where}: take the newest with encoder.revision=main (--revision main)"
-        )
+        reason = f"{hub} has no {where}: take the newest with {wanted.newest}"
     elif isinstance(error, RepositoryNotFoundError | HFValidationError):
         reason = f"{hub} has no {where}, or not for you: check the name, run 'hf auth login'"
     elif isinstance(error, OfflineModeIsEnabled):
         reason = (
-            f"{where} is not in the hub's cache {hub_cache()} and HF_HUB_OFFLINE is set: "
-            f"run 'celltyper encoders fetch {wanted.name}' online once"
+            f"{wanted.absent} and HF_HUB_OFFLINE is set: "
+            f"run 'celltyper {wanted.kind}s fetch {wanted.name}' online once"
         )
     elif status in (401, 403):
         reason = (
@@ -391,15 +455,12 @@ def _explained(error: Exception, wanted: _Wanted, filename: str, *, asked: bool)
         reason = f"what answers as {hub} is none: check HF_ENDPOINT and your network"
     elif isinstance(error, OSError) and error.errno in _DISK:
         reason = f"cannot write {filename} of {where} ({os.strerror(error.errno)}): free space"
-        otherwise = "choose another folder with 'encoders fetch --to', or set HF_HOME"
+        otherwise = wanted.elsewhere
     elif asked:
         reason = f"the download of {filename} of {where} broke off: run it again"
     else:
-        reason = (
-            f"{where} is not in the hub's cache {hub_cache()} and {hub} is out of reach: "
-            "go online once"
-        )
-    return CheckpointError(f"encoder {wanted.name!r}: {reason}, {otherwise}")
+        reason = f"{wanted.absent} and {hub} is out of reach: go online once"
+    return CheckpointError(f"{wanted.who}: {reason}, {otherwise}")
 
 
 def _status(error: Exception) -> int | None:
@@ -431,12 +492,14 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _check(path: Path, sha256: str | None, name: str, size: int | None = None) -> None:
+def _check(
+    path: Path, sha256: str | None, who: str, size: int | None = None, otherwise: str = _OWN
+) -> None:
     """Remove a file that is not what the hub has, and say so."""
     found = path.stat().st_size
     if size is not None and found != size:
         problem = f"has {found} bytes instead of {size}"
-    elif sha256 is not None and _sha256(path) != sha256:
+    elif sha256 is not None and sha256_of(path) != sha256:
         problem = "has another SHA-256 than on the hub"
     else:
         return
@@ -445,7 +508,7 @@ def _check(path: Path, sha256: str | None, name: str, size: int | None = None) -
     # the cache keeps the bytes apart from the name; left there they would count as downloaded
     blob.unlink(missing_ok=True)
     raise CheckpointError(
-        f"encoder {name!r}: downloaded file {path} {problem} and was removed: run it again, {_OWN}"
+        f"{who}: downloaded file {path} {problem} and was removed: run it again, {otherwise}"
     )
 
 
@@ -456,7 +519,7 @@ def _is_good(path: Path, card: EncoderCard) -> bool:
         return True
     if card.revision is not None and source.get("commit") != card.revision:
         return False
-    return path.stat().st_size == source.get("size") and _sha256(path) == source.get("sha256")
+    return path.stat().st_size == source.get("size") and sha256_of(path) == source.get("sha256")
 
 
 def _sha256_of_link(path: Path) -> str | None:
@@ -468,6 +531,7 @@ def _sha256_of_link(path: Path) -> str | None:
     return known and known.group()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

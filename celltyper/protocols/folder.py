@@ -12,11 +12,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from celltyper.atomic import make_folder, write_json
-from celltyper.checkpoints import PROTOCOL_FILE
 from celltyper.classification.config import PatchConfig
 from celltyper.config import Config, parse_config
 from celltyper.datasets import Dataset
 from celltyper.errors import ConfigError, DataError
+from celltyper.library.files import PROTOCOL_FILE
 from celltyper.parts import read_splits
 from celltyper.protocols.plan import PlannedRun
 from celltyper.protocols.protocol import Protocol

@@ -7,10 +7,10 @@ from pathlib import PurePath
 
 import numpy as np
 
-from celltyper.checkpoints import PROTOCOL_FILE
 from celltyper.classification.config import PatchConfig
 from celltyper.classification.page import NAMES
 from celltyper.config import parse_config
+from celltyper.library.files import PROTOCOL_FILE
 from celltyper.protocols.patch_table import (
     HEADLINE,
     MIN_CLUSTERS,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from celltyper.checkpoints import PROTOCOL_FILE
 from celltyper.errors import DataError
 from celltyper.evaluation import BLOCK_PX, MIN_GROUPS, SCORES, ImageScores, summarise
+from celltyper.library.files import PROTOCOL_FILE
 from celltyper.metrics.bootstrap import PairedDifference, cluster_bootstrap, paired_bootstrap
 from celltyper.metrics.ratios import mean_of_known
 from celltyper.protocols.pooling import (

@@ -248,10 +248,11 @@ def _warnings(lines: Sequence[Line], failed: Sequence[Facts]) -> list[str]:
 
 def _run(slides: Sequence[Facts]) -> dict[str, str]:
     shown = {}
-    for key in ("model", "celltyper"):
-        values = sorted({str(slide[key]) for slide in slides})
+    for key in ("model", "model_card", "celltyper"):
+        # of slides done by an earlier version, nothing is known of a card
+        values = sorted({str(slide[key]) for slide in slides if slide.get(key)})
         if values:
-            shown[key] = ", ".join(values)
+            shown[key.replace("_", " ")] = ", ".join(values)
     return shown
 
 

@@ -323,9 +323,11 @@ def _run(facts: Mapping[str, Any], tissue: TissueMask) -> dict[str, str]:
     if row or col:
         shown["place in the file"] = f"begins at x {col:,}, y {row:,}; positions count from there"
     seen = tissue.pixels * (mpp[0] * mpp[1] / model_mpp**2 if mpp and model_mpp else 1) / 1e6
+    card = facts.get("model_card")
     return shown | {
         "tissue": _how(facts["tissue"]),
         "model": str(facts["model"] or "not stated"),
+        **({"model card": str(card)} if card else {}),
         "read at": f"{model_mpp:.4g} µm per pixel" if model_mpp else "full resolution",
         "tiles": f"{facts['tiles']:,}",
         "time": f"{duration(seconds)}, {amount(ratio(seen, seconds))} Mpx of tissue a second",

@@ -11,8 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from celltyper.checkpoints import PROTOCOL_FILE
 from celltyper.errors import ConfigError
+from celltyper.library.files import PROTOCOL_FILE
 from celltyper.runs import CONFIG_FILE, INDEX_FILE
 from celltyper.wholeslide.worker import MAPS_FOLDER
 

@@ -21,6 +21,7 @@ from celltyper.atomic import make_folder, write_json
 from celltyper.cells.geojson import write_geojson
 from celltyper.cells.stream import CellsWriter, iter_cells
 from celltyper.errors import ConfigError
+from celltyper.library.cards import card_line
 from celltyper.models import CellTyper, colors_of
 from celltyper.report.amounts import amount
 from celltyper.report.slide import write_slide_report
@@ -347,6 +348,7 @@ def _finish(
         "magnification": slide.magnification,
         "bounds": list(slide.bounds),
         "model": None if worker.source is None else worker.source.run,
+        "model_card": None if worker.source is None else card_line(Path(worker.source.run)),
         "model_mpp": model.mpp,
         "classes": list(model.classes),
         "colors": list(colors),

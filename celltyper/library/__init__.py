@@ -1,0 +1,1 @@
+"""Trained models to be found by name: those in the box, and those in the user's cache."""
