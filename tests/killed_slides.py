@@ -1,6 +1,7 @@
 """One slide in a process that is killed again and again: ``python killed_slides.py OUT KILLS``.
 
-Prints how often it was killed before the slide was done. It is forked from one that has all modules, as starting takes longer than the slide.
+Says how often it was killed before the slide was done. It is forked from one that has all modules,
+as starting takes longer than the slide.
 """
 
 from __future__ import annotations
@@ -48,6 +49,6 @@ if __name__ == "__main__":
                 break
             time.sleep(0.002)
         if os.WIFEXITED(ended[1]):
-            print(kills)
+            sys.stdout.write(str(kills))
             sys.exit(os.WEXITSTATUS(ended[1]))
         kills += 1
