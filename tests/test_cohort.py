@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -977,35 +976,3 @@ def test_interrupt_of_a_process_ends_it_within_seconds(
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout.startswith("large: ")
     assert names(out) == OF_ONE_SLIDE | {"infer.json"}
-
-
-# ---------------------------------------------------------------- documentation
-
-
-def test_commands_of_the_documentation_run(
-    trained: Path, tmp_path: Path, celltyper_command: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "slides.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-    commands = [shlex.split(line) for line in "".join(blocks).splitlines()]
-    assert len(commands) == 10
-    write_slide(tmp_path / "slide.svs")
-    write_slide(tmp_path / "archive" / "one" / "deep.svs")
-    for name in "ab":
-        write_slide(tmp_path / "slides" / f"{name}.svs")
-    (tmp_path / "list.csv").write_text("slide,name\nslides/a.svs,first\n")
-    ring = [[50, 90], [170, 90], [170, 190], [50, 190], [50, 90]]
-    shape = {"type": "Polygon", "coordinates": [ring]}
-    regions = [{"type": "Feature", "geometry": shape, "properties": {"objectType": "annotation"}}]
-    (tmp_path / "regions.geojson").write_text(json.dumps(regions))
-    shutil.copytree(trained, tmp_path / "run")
-    monkeypatch.chdir(tmp_path)
-    for command in commands:
-        outcome = celltyper_command(*command[1:])
-        assert outcome.code == 0, outcome.err
-    assert cells(tmp_path / "part").equals(cells(tmp_path / "drawn"))
-    assert names(tmp_path / "cohort") == {"a", "b"} | OF_A_COHORT
-    assert names(tmp_path / "listed") == {"first"} | OF_A_COHORT
-    assert names(tmp_path / "archived") == {"deep"} | OF_A_COHORT
-    assert names(tmp_path / "array") == {"a", "b"} | OF_A_COHORT
-    assert outcome.err == ""

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import PIL.Image
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ from celltyper.errors import CheckpointError, ConfigError, DataError, RunError
 from celltyper.exporting import cells_of_maps, export_adapter, export_model, read_facts
 from celltyper.models import CellTyper, build_model
 
-DOCUMENT = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
 Command = Callable[..., Any]
 
 
@@ -160,27 +158,6 @@ def run(tiny: Callable[..., Config], tmp_path: Path) -> Path:
     (tmp_path / "run").mkdir()
     save_model(tmp_path / "run" / "model.safetensors", model, config)
     return tmp_path / "run"
-
-
-def test_the_documented_lines_find_the_same_cells(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, celltyper_command: Command
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, out, err = celltyper_command("export", "run", "-o", "model.onnx")
-    assert code == 0, err
-    assert "onnx: model.onnx" in out
-    coarse = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
-    pixels = coarse.repeat(9, axis=0).repeat(9, axis=1)
-    PIL.Image.fromarray(pixels).save("image.png")
-    names: dict[str, Any] = {}
-    (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
-    exec(compile(block, "export.md", "exec"), names)
-    own = celltyper.predict_image(celltyper.load_model(run), pixels[:64, :64], 0.5)
-    cells = names["cells"]
-    assert len(own) > 1
-    np.testing.assert_array_equal(cells.labels, own.labels)
-    np.testing.assert_allclose(cells.cell_probabilities, own.cell_probabilities, atol=1e-3)
-    assert (cells.classes, cells.mpp) == (own.classes, 0.5)
 
 
 def test_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
