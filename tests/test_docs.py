@@ -372,9 +372,9 @@ def check_options(block: Block, where: str) -> None:
         if words[:1] != ["celltyper"] or not line.startswith("$ "):
             continue
         command: Any = cli
-        while isinstance(command, click.Group):
-            words = words[1:]
-            command = command.commands[words[0]]
+        words = words[1:]
+        while isinstance(command, click.Group) and words:
+            command, words = command.commands[words[0]], words[1:]
         options = {o for p in command.params for o in p.opts}
         assert {word for word in words if re.match("--?[a-z]", word)} <= options, where
 
