@@ -412,6 +412,7 @@ def test_demo_says_which_part_own_data_lack(
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_decoder_of_the_user_from_yaml_in_a_fresh_process(made_data: Path, tmp_path: Path) -> None:
     examples = Path(__file__).parents[1] / "examples"
     env = os.environ | {"PYTHONPATH": str(examples), "OMP_NUM_THREADS": "1"}

@@ -63,7 +63,8 @@ def eager(model: CellTyper, images: Tensor) -> dict[str, np.ndarray[Any, Any]]:
         ("vit_small_patch14_dinov2", "linear", "lora"),
         ("uni", "dpt", "frozen"),
         ("virchow2", "linear", "frozen"),  # registers, SwiGLU
-        ("vit_small_patch16_dinov3", "linear", "full"),  # rotary position
+        # rotary position
+        pytest.param("vit_small_patch16_dinov3", "linear", "full", marks=pytest.mark.slow),
     ],
 )
 def test_onnx_computes_what_the_model_computes(
@@ -93,6 +94,7 @@ def test_onnx_computes_what_the_model_computes(
         np.testing.assert_allclose(run_onnx(path, grey)[name], values, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_several_scales_go_into_a_file_for_any_batch(tmp_path: Path) -> None:
     encoder = celltyper.load_encoder("musk", weights="twin", scales=(1, 2))
     model = CellTyper(encoder, "linear", ("blue", "brown"), mpp=0.5, tile=48).eval()

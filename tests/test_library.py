@@ -310,7 +310,7 @@ def test_a_wrong_card_is_refused(tmp_path: Path, change: dict[str, Any], said: s
 
 def test_the_card_in_the_docs_is_a_card(tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
-    shown = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    shown = yaml.safe_load(text.split("```text\n")[1].split("```")[0])
     card = read_card(put(tmp_path / "model", card=shown))
     assert card is not None
     assert set(shown) == set(type(card).model_fields)

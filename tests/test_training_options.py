@@ -145,6 +145,7 @@ def test_compiled_training_resumes_and_gives_the_weights_of_plain_training(
         assert all(torch.equal(ours[name], expected[name]) for name in expected), file
 
 
+@pytest.mark.slow
 def test_more_runs_of_one_process_than_torch_compiles_by_itself(
     tiny: Tiny, made_data: Path, tmp_path: Path, recorded: Recorded
 ) -> None:
@@ -174,6 +175,7 @@ def test_compile_is_refused_with_the_reason_of_torch(
     train(tiny(made_data, "train.steps=1"), tmp_path / "run", device="cpu", progress=False)
 
 
+@pytest.mark.slow
 def test_compile_without_a_compiler_is_refused_in_one_line(
     tiny: Tiny, made_data: Path, tmp_path: Path
 ) -> None:
