@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +94,7 @@ def render(report: Report) -> str:
     )
 
 
+@cache
 def page_template(name: str) -> Template:
     """Template of a page, with the filters that its macros use."""
     environment = Environment(
