@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from celltyper import __version__
+from celltyper.benchmark import BENCHMARK_FILE
+from celltyper.commands.benchmark import benchmark
 from celltyper.commands.data import data
 from celltyper.commands.encoders import encoders
 from celltyper.commands.export import export
@@ -264,12 +266,19 @@ def evaluate(
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing, only write.")
 def report(folder: Path, resamples: int, quiet: bool) -> None:
-    """Make the table of a protocol that train --protocol wrote, finished or not.
+    """Make the table of a protocol or the leaderboard of a benchmark, finished or not.
 
-    Writes table.csv, table.md and report.html into OUT, with several variants differences.csv, and
-    for cells classes.csv.
+    Of what train --protocol wrote: table.csv, table.md and report.html into OUT, with several
+    variants differences.csv, and for cells classes.csv. Of a benchmark: index.html,
+    leaderboard.csv, differences.csv and leaderboard.tex.
     """
     start_log(quiet)
+    if (folder / BENCHMARK_FILE).is_file():
+        from celltyper.benchmark.writing import leaderboard_text, report_benchmark
+
+        say(quiet, leaderboard_text(report_benchmark(folder, resamples=resamples)))
+        say(quiet, f"leaderboard: {folder / 'index.html'}")
+        return
     from celltyper.protocols import report_protocol
     from celltyper.protocols.table import read_plan
     from celltyper.protocols.writing import table_text
@@ -316,6 +325,7 @@ def demo(
     )
 
 
+cli.add_command(benchmark)
 cli.add_command(encoders)
 cli.add_command(data)
 cli.add_command(export)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -450,7 +450,10 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         section: Any = model
         for part in first["loc"][:-1]:
-            section = section.model_fields[str(part)].annotation
+            if get_origin(section) is dict:
+                section = get_args(section)[1]
+            else:
+                section = section.model_fields[str(part)].annotation
         problem = unknown_name("key", str(first["loc"][-1]), section.model_fields)
         return f"{key}: {problem}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
-from skimage.draw import disk
 
 from celltyper.__main__ import main
 from celltyper.config import Config, parse_config
 from celltyper.datasets import write_folder
-from celltyper.types import Sample
+from celltyper.made import made_sample
 
 # A tiny model on two shared cores runs faster on one thread, and so do two pytest workers.
 torch.set_num_threads(1)
@@ -53,26 +51,6 @@ def real_data() -> Path:
     if not DATA.is_dir():
         pytest.skip("no real data beside the checkout")
     return DATA
-
-
-def made_sample(seed: int, name: str, size: int = 96, cells: int = 12) -> Sample:
-    """Pink ground with blue (class 1) and brown (class 2) disks that do not touch."""
-    rng = np.random.default_rng(seed)
-    image = rng.normal((225, 190, 215), 6, (size, size, 3))
-    labels = np.zeros((size, size), np.int32)
-    phenotypes = [0]
-    for _ in range(20 * cells):
-        center, radius = rng.uniform(6, size - 6, 2), rng.uniform(4, 7)
-        if not labels[disk(center, radius + 2, shape=labels.shape)].any() and radius:
-            phenotypes.append(1 + len(phenotypes) % 2)
-            inside = disk(center, radius, shape=labels.shape)
-            labels[inside] = len(phenotypes) - 1
-            color = ((70, 60, 150), (140, 80, 50))[phenotypes[-1] - 1]
-            image[inside] = rng.normal(color, 6, (len(inside[0]), 3))
-        if len(phenotypes) > cells:
-            break
-    pixels = image.clip(0, 255).astype(np.uint8)
-    return Sample(pixels, labels, np.array(phenotypes, np.uint8), name, group=name, mpp=0.5)
 
 
 @pytest.fixture(scope="session")

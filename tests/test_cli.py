@@ -40,7 +40,7 @@ ENOUGH_TO_FIND_CELLS = (
     "train.lr=0.003",
     "train.validate_every=60",
 )
-COMMANDS = ("train", "infer", "eval", "report", "demo", "export", "encoders")
+COMMANDS = ("train", "infer", "eval", "report", "benchmark", "demo", "export", "encoders")
 
 
 Run = Callable[..., Any]

@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 import zarr
-from conftest import made_sample
 from made_slides import ArraySource, PixelModel, made_labels, made_pixels, made_slide
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
@@ -34,6 +33,7 @@ from celltyper.cohort import Entry, are_slides, find_slides
 from celltyper.config import Config
 from celltyper.errors import ConfigError, DataError
 from celltyper.inference import read_predictions
+from celltyper.made import made_sample
 from celltyper.slides import Slide, whole_slide
 from celltyper.training import train
 from celltyper.wholeslide import folder as results

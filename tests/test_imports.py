@@ -14,6 +14,7 @@ PACKAGE = Path(celltyper.__file__).parent
 LAYERS = [
     {"__main__", "testing"},
     {"demo", "commands"},
+    {"benchmark"},
     {"results", "protocols"},
     {"training", "inference", "reporting", "exporting", "classification", "formats"},
     {"cohort"},
@@ -22,7 +23,7 @@ LAYERS = [
     {"checkpoints", "optim"},
     {"models", "features", "parts", "probes", "patches", "library"},
     {"config", "encoders", "report", "decoders", "readers"},
-    {"slides"},
+    {"slides", "made"},
     {"datasets"},
     {"instances", "cells", "metrics", "losses", "transforms", "symmetries"},
     {"labels", "tiling", "atomic", "cache"},

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from made_leaderboard import SYSTEMS, made_leaderboard
 
+from celltyper.benchmark.page import leaderboard_page
 from celltyper.report.data import Metric, Reliability, Report, ReportImage, Table
 from celltyper.report.html import write_report
 
@@ -185,3 +188,133 @@ def test_columns_sort_with_unknown_values_last(page: Any) -> None:
     assert page.execute_script(
         "return [...document.querySelectorAll('th[aria-sort]')].map((e) => e.ariaSort)"
     ) == ["descending"]
+
+
+# ---------------------------------------------------------------- the leaderboard
+
+
+@pytest.fixture(scope="module")
+def board_address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path: Path = tmp_path_factory.mktemp("leaderboard") / "index.html"
+    path.write_text(leaderboard_page(made_leaderboard()), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture
+def board(browser: Any, board_address: str) -> Any:
+    browser.get(board_address)
+    return browser
+
+
+def names_in(page: Any, table: str) -> list[str]:
+    """Systems of the rows that can be seen, from the top."""
+    return page.execute_script(
+        "return [...document.querySelectorAll(arguments[0] + ' tbody tr')]"
+        ".filter((row) => row.getClientRects().length).map((row) => row.cells[0].dataset.key)",
+        table,
+    )
+
+
+def search(page: Any, words: str) -> str:
+    """Type into the filter; gives what it says of the rows."""
+    return page.execute_script(
+        "const field = document.querySelector('#filter input[type=search]');"
+        "field.value = arguments[0]; field.dispatchEvent(new Event('input'));"
+        "field.dispatchEvent(new Event('change'));"
+        "return document.querySelector('#filter output').textContent",
+        words,
+    )
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_leaderboard_fits_the_window_without_errors(board: Any, width: int, scheme: str) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    board.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    wish = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    board.execute_cdp_cmd("Emulation.setEmulatedMedia", wish)
+    board.execute_script("for (const e of document.querySelectorAll('details')) e.open = true")
+    for value in ("classes", "published", "y7"):
+        click(board, value)
+        assert board.execute_script("return innerWidth") == width
+        assert overflow(board) == 0
+    # no text is smaller than 11 px, and a row's name leaves room for a figure beside it
+    smallest, name, scroll = board.execute_script(
+        "const sizes = [...document.querySelectorAll('td, th, p, label, small, summary, li')]"
+        ".filter((e) => e.getClientRects().length)"
+        ".map((e) => parseFloat(getComputedStyle(e).fontSize));"
+        "const table = document.querySelector('.overview');"
+        "return [Math.min(...sizes), table.tBodies[0].rows[0].cells[0].offsetWidth,"
+        " table.parentElement.clientWidth]"
+    )
+    assert smallest >= 11
+    assert name < 0.6 * scroll
+    assert board.get_log("browser") == []
+
+
+def test_leaderboard_sorts_by_any_column(board: Any) -> None:
+    best_first = [*reversed(SYSTEMS)]
+    assert names_in(board, ".overview")[:8] == best_first
+    heads = "document.querySelectorAll('.overview th button')"
+    board.execute_script(f"{heads}[1].click()")
+    assert names_in(board, ".overview")[:8] == best_first
+    board.execute_script(f"{heads}[1].click()")
+    found = names_in(board, ".overview")
+    assert [name for name in found if name in SYSTEMS] == [*SYSTEMS]
+    # the published one, .3014, is the lowest of all
+    assert found[0] == "UNI2-h & co, UNETR"
+    board.execute_script(f"{heads}[2].click()")
+    # a system without a figure is last
+    assert names_in(board, ".overview")[:2] == ["UNI2-h & co, UNETR", SYSTEMS[7]]
+
+
+def test_leaderboard_filters_rows_and_curves(board: Any) -> None:
+    assert search(board, "LORA uni") == "1 of 9"
+    assert names_in(board, ".overview") == [SYSTEMS[7]]
+    assert visible(board, ".chart .y0")
+    assert not visible(board, ".chart .y1")
+    assert search(board, "nothing like it") == "0 of 9"
+    assert names_in(board, ".overview") == []
+    assert search(board, "") == ""
+    assert len(names_in(board, ".overview")) == 9
+    click(board, "published")
+    assert names_in(board, ".overview") == [*reversed(SYSTEMS)]
+    assert board.get_log("browser") == []
+
+
+def test_classes_are_shown_on_request(board: Any) -> None:
+    assert not visible(board, "td.of-class")
+    click(board, "classes")
+    assert visible(board, "td.of-class")
+    assert visible(board, "th.of-class")
+
+
+def test_the_legend_shows_and_hides_a_system_in_all_charts(board: Any) -> None:
+    """Six of eight at first; the same system on two boards has one switch."""
+    seen = "return [...document.querySelectorAll('.chart')].map((c) => [...c.querySelectorAll("
+    seen += "'g')].filter((g) => g.getClientRects().length).map((g) => g.dataset.words))"
+    charts = board.execute_script(seen)
+    # share of data, domains, parameters, time; of a single system there are no costs to compare
+    assert len(charts) == 4 + 2
+    for chart in charts[:4]:
+        assert sorted(chart) == sorted(SYSTEMS[2:])
+    assert charts[4:] == [[SYSTEMS[7]]] * 2
+    click(board, "y0")
+    click(board, "y7")
+    # numbered from the best: 0 is the last of the names, 7 the first
+    charts = board.execute_script(seen)
+    for chart in charts[:4]:
+        assert sorted(chart) == sorted([*SYSTEMS[2:7], SYSTEMS[0]])
+    assert charts[4:] == [[], []]
+    both = "return [...document.querySelectorAll('.legend input[value=y0]')].map((e) => e.checked)"
+    assert board.execute_script(both) == [False, False]
+
+
+def test_failures_and_differences_can_be_read(board: Any) -> None:
+    text = board.execute_script("return document.body.innerText")
+    assert "loss is nan at step 3" in text
+    assert "Differences: shown for 7 of 7 pairs of systems" in text
+    shown = "return document.querySelector('details.differences table').checkVisibility()"
+    assert not board.execute_script(shown)
+    board.execute_script("document.querySelector('details.differences summary').click()")
+    assert board.execute_script(shown)

@@ -27,7 +27,7 @@ from celltyper.classification.model import (
     mean_probabilities,
     save_patch_model,
 )
-from celltyper.classification.network import LinearHead, build_network
+from celltyper.classification.network import LinearHead, PatchNetwork, build_network
 from celltyper.classification.preparing import (
     PatchParts,
     Rows,
@@ -417,11 +417,26 @@ def run_facts(
         "size": model.size,
         "mpp": model.mpp,
         "encoder_passes": _encoder_passes(config, data),
+        **_parameters(model.predictor),
         "data": {
             part: _part(data.table, rows)
             for part, rows in (("train", parts.train), ("val", parts.val))
             if len(rows)
         },
+    }
+
+
+def _parameters(predictor: Predictor) -> dict[str, int]:
+    """How many numbers the model has, and how many of them were fitted."""
+    if isinstance(predictor, EmbeddingProbe):
+        fitted = sum(t.numel() for t in predictor.probe.tensors().values())
+        frozen = sum(p.numel() for p in predictor.embedder.encoder.parameters())
+        return {"parameters": frozen + fitted, "trainable_parameters": fitted}
+    assert isinstance(predictor, PatchNetwork)
+    weights = list(predictor.parameters())
+    return {
+        "parameters": sum(p.numel() for p in weights),
+        "trainable_parameters": sum(p.numel() for p in weights if p.requires_grad),
     }
 
 

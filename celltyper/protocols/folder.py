@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from filelock import FileLock, Timeout
 
 from celltyper.atomic import make_folder, write_json
 from celltyper.classification.config import PatchConfig
-from celltyper.config import Config, parse_config
+from celltyper.config import Config, one_line, parse_config
 from celltyper.datasets import Dataset
-from celltyper.errors import ConfigError, DataError
+from celltyper.errors import ConfigError, DataError, RunError
 from celltyper.library.files import PROTOCOL_FILE
 from celltyper.parts import read_splits
 from celltyper.protocols.plan import PlannedRun
@@ -148,3 +149,28 @@ def claim_runs(runs: Sequence[PlannedRun], output: Path) -> Iterator[PlannedRun]
         logger.info(
             "%d run%s in the hands of other processes", busy, " is" if busy == 1 else "s are"
         )
+
+
+@contextmanager
+def kept_failure(failed: dict[str, Exception], path: str, *, keep_going: bool) -> Iterator[None]:
+    """Keep the error of a run, so that the others can be done, if they are to be."""
+    try:
+        yield
+    except Exception as error:
+        if not keep_going:
+            raise
+        logger.warning("%s failed: %s", path, one_line(error))
+        failed[path] = error
+
+
+def raise_failures(failed: Mapping[str, Exception], runs: int) -> None:
+    """Say at the end which runs failed.
+
+    Raises
+    ------
+    RunError
+        With the first error; none if there is none.
+    """
+    for path, error in failed.items():
+        text = one_line(error) or type(error).__name__
+        raise RunError(f"{len(failed)} of {runs} runs failed, the first {path}: {text}") from error

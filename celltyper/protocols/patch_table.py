@@ -264,6 +264,36 @@ def figures_of(
     dict of str to PatchFigure
         By `SHOWN`.
     """
+    point, drawn = drawn_scores(runs, classes, positive, resamples=resamples, seed=seed)
+    result = {}
+    for name, values in point.items():
+        known = values[~np.isnan(values)]
+        result[name] = PatchFigure(
+            float(known.mean()) if len(known) else math.nan,
+            float(known.std(ddof=1)) if len(known) > 1 else math.nan,
+            *percentile_interval(drawn[name]),
+            tuple(values.tolist()),
+        )
+    return result
+
+
+def drawn_scores(
+    runs: Sequence[TypedPatches], classes: int, positive: int, *, resamples: int, seed: int = 0
+) -> tuple[dict[str, Values], dict[str, Values]]:
+    """Every score of every run, and its mean over runs in all resamples of patients or slides.
+
+    Parameters
+    ----------
+    runs, classes, positive, resamples, seed
+        As in `figures_of`. Runs of other models on the same windows have the same resamples.
+
+    Returns
+    -------
+    point : dict of str to ndarray of float64, shape (runs,)
+        By `SHOWN`.
+    drawn : dict of str to ndarray of float64, shape (resamples,)
+        The same; empty from a single patient or slide.
+    """
     union = sorted({group for run in runs for group in run.groups})
     place = {group: i for i, group in enumerate(union)}
     scorers: list[tuple[Scorer, list[int]]] = []
@@ -285,17 +315,7 @@ def figures_of(
 
     point = of_runs(np.ones((1, len(union))))
     drawn = draw_scores(mean, len(union), max(len(run.names) for run in runs), resamples, seed)
-    result = {}
-    for name in SHOWN:
-        values = point[name, ALL][0]
-        known = values[~np.isnan(values)]
-        result[name] = PatchFigure(
-            float(known.mean()) if len(known) else math.nan,
-            float(known.std(ddof=1)) if len(known) > 1 else math.nan,
-            *percentile_interval(drawn[name, ALL]),
-            tuple(values.tolist()),
-        )
-    return result
+    return {name: point[name, ALL][0] for name in SHOWN}, {n: drawn[n, ALL] for n in SHOWN}
 
 
 def _sorted_entries(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

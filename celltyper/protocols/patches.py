@@ -43,6 +43,8 @@ from celltyper.protocols.folder import (
     check_folder,
     claim_runs,
     entry_of,
+    kept_failure,
+    raise_failures,
     say_plan,
     splits_of,
     start_protocol,
@@ -80,6 +82,7 @@ def run_patch_protocol(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
+    keep_going: bool = False,
     progress: bool = True,
 ) -> Path:
     """Train and test every run of a protocol in patch mode.
@@ -96,7 +99,7 @@ def run_patch_protocol(
     output : str or Path
         Folder of the protocol: ``protocol.json`` and a run folder for every run, each with
         ``split.json`` and ``scores.npz`` beside what `train_patches` writes.
-    device, resume, overwrite, progress
+    device, resume, overwrite, keep_going, progress
         As in `celltyper.protocols.run_protocol`.
 
     Returns
@@ -108,6 +111,8 @@ def run_patch_protocol(
     ------
     ConfigError, DataError, CheckpointError
         For wrong input, before anything is written.
+    RunError
+        If runs failed with `keep_going`.
     """
     output = Path(output)
     place = pick_device(device)
@@ -146,6 +151,7 @@ def run_patch_protocol(
     if len(todo) < len(runs):
         logger.info("%d of %d runs are finished", len(runs) - len(todo), len(runs))
     started = time.monotonic()
+    failed: dict[str, Exception] = {}
     for view, embedder in embedders.items():
         same = [run for run in todo if _view(resolved[run.variant]) == view]
         if not same:
@@ -153,9 +159,11 @@ def run_patch_protocol(
         data = embed_data(resolved[same[0].variant], table, embedder, progress=progress)
         bar = tqdm(same, desc="runs", unit="run", disable=None if progress else True)
         for run in claim_runs(same, output):
-            _run(run, output, resolved[run.variant], data, progress=progress)
+            with kept_failure(failed, run.path, keep_going=keep_going):
+                _run(run, output, resolved[run.variant], data, progress=progress)
             bar.update()
         bar.close()
+    raise_failures(failed, len(runs))
     logger.info("%d runs in %.0f s", len(todo), time.monotonic() - started)
     return output
 

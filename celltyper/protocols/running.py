@@ -28,6 +28,8 @@ from celltyper.protocols.folder import (
     check_folder,
     claim_runs,
     entry_of,
+    kept_failure,
+    raise_failures,
     say_plan,
     splits_of,
     start_protocol,
@@ -50,7 +52,7 @@ logger = logging.getLogger("celltyper")
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """What one pass over the images found, by sample name."""
 
     counts: dict[str, NDArray[np.int64]]
@@ -66,6 +68,7 @@ def run_protocol(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
+    keep_going: bool = False,
     progress: bool = True,
 ) -> Path:
     """Train and test every run of a protocol.
@@ -88,6 +91,8 @@ def run_protocol(
         Go on with the same protocol: finished runs stay, an unfinished one goes on exactly.
     overwrite : bool
         Start over; runs of the protocol that is there are deleted.
+    keep_going : bool
+        Do the other runs where one fails, and raise its error at the end.
     progress : bool
         Show progress bars on a terminal.
 
@@ -102,13 +107,15 @@ def run_protocol(
         For wrong input, before anything is written.
     TrainingError
         As `celltyper.train`; `resume` goes on from there.
+    RunError
+        If runs failed with `keep_going`.
     """
     output = Path(output)
     variants = variant_configs(protocol, config)
     for variant in variants.values():
         place = check_settings(variant, device)
     whole = open_whole(config.data)
-    seen = _look(whole, progress)
+    seen = look_at(whole, progress)
     seeds = protocol.seeds or (config.seed,)
     runs = plan_runs(protocol, config.data, whole, seen.counts, seeds, list(variants))
     resolved = {
@@ -137,17 +144,32 @@ def run_protocol(
         logger.info("%d of %d runs are finished", len(runs) - len(todo), len(runs))
     # processes of one distributed training work on the same run
     mine = claim_runs(todo, output) if state.num_processes == 1 else todo
+    failed: dict[str, Exception] = {}
     for done, run in enumerate(mine):
         left = (time.monotonic() - started) / done * (len(todo) - done) / 60 if done else 0.0
         hint = f", about {left:.0f} min left" if left >= 1 else ""
         logger.info("run %d/%d: %s%s", runs.index(run) + 1, len(runs), run.path, hint)
-        _run(run, output, resolved[run.variant], whole, place, progress, state)
+        with kept_failure(failed, run.path, keep_going=keep_going):
+            _run(run, output, resolved[run.variant], whole, place, progress, state)
+    raise_failures(failed, len(runs))
     return output
 
 
-def _look(whole: Dataset, progress: bool) -> _Seen:
-    """Read every image once: its classes, resolution and size."""
-    seen = _Seen({}, {}, {})
+def look_at(whole: Dataset, progress: bool) -> Seen:
+    """Read every image once: its classes, resolution and size.
+
+    Parameters
+    ----------
+    whole : Dataset
+        From `celltyper.parts.open_whole`.
+    progress : bool
+        Show a progress bar on a terminal.
+
+    Returns
+    -------
+    Seen
+    """
+    seen = Seen({}, {}, {})
     bar = tqdm(whole.names, desc="read", unit="image", disable=None if progress else True)
     for name in bar:
         sample = whole[name]
@@ -158,7 +180,7 @@ def _look(whole: Dataset, progress: bool) -> _Seen:
 
 
 def _check_variant(
-    config: Config, runs: Sequence[PlannedRun], whole: Dataset, seen: _Seen
+    config: Config, runs: Sequence[PlannedRun], whole: Dataset, seen: Seen
 ) -> Config:
     """Build the model of a variant, and refuse what its runs would refuse."""
     names = {n for run in runs for n in (*run.train, *run.val, *run.test)}

@@ -149,7 +149,7 @@ class ProtocolTable:
 
 
 @dataclass(frozen=True)
-class _Run:
+class ScoredRun:
     """A run of the plan, and what it found if it is finished."""
 
     path: str
@@ -191,7 +191,7 @@ def protocol_table(output: str | Path, *, resamples: int = 1000) -> ProtocolTabl
     output = Path(output)
     about = read_plan(output)
     classes = about["classes"]
-    runs = [_load(output, entry, classes) for entry in about["runs"]]
+    runs = [load_run(output, entry, classes) for entry in about["runs"]]
     if all(run.images is None for run in runs):
         raise DataError(f"{output}: none of {len(runs)} runs is finished yet")
     domains = list(dict.fromkeys(run.domain for run in runs))
@@ -254,9 +254,29 @@ def read_plan(output: Path) -> dict[str, Any]:
     return about
 
 
-def _load(output: Path, entry: dict[str, Any], classes: Sequence[str]) -> _Run:
+def load_run(output: Path, entry: dict[str, Any], classes: Sequence[str]) -> ScoredRun:
+    """Read what a run of the plan found, if it is finished.
+
+    Parameters
+    ----------
+    output : Path
+        Folder of the protocol.
+    entry : dict
+        Of ``runs`` in `read_plan`.
+    classes : sequence of str
+        Of the protocol.
+
+    Returns
+    -------
+    ScoredRun
+
+    Raises
+    ------
+    DataError
+        If its scores are damaged, or of other classes.
+    """
     known = ("path", "variant", "part", "domain", "fraction", "reached", "seed")
-    run = _Run(**{key: entry[key] for key in known})
+    run = ScoredRun(**{key: entry[key] for key in known})
     file = output / run.path / SCORES_FILE
     if not file.is_file():
         return run
@@ -264,7 +284,7 @@ def _load(output: Path, entry: dict[str, Any], classes: Sequence[str]) -> _Run:
     if list(found) != list(classes):
         raise DataError(f"{file}: classes {', '.join(found)}, the protocol has other ones")
     summary = summarise(images, classes, resamples=0)
-    return _Run(
+    return ScoredRun(
         **{key: entry[key] for key in known},
         images=images,
         scores={name: summary.scores[name].value for name in HEADLINE},
@@ -276,7 +296,7 @@ def _load(output: Path, entry: dict[str, Any], classes: Sequence[str]) -> _Run:
 
 
 def _row(
-    runs: Sequence[_Run],
+    runs: Sequence[ScoredRun],
     domain: str,
     domains: Sequence[str],
     classes: Sequence[str],
@@ -292,7 +312,9 @@ def _row(
     headline, per_class = pool(tested, len(classes), clusters)
 
     def figure(
-        of_run: Callable[[_Run], float], score: Score, statistic: Callable[..., NDArray[np.float64]]
+        of_run: Callable[[ScoredRun], float],
+        score: Score,
+        statistic: Callable[..., NDArray[np.float64]],
     ) -> Figure:
         by_domain = [[of_run(run) for run in done if run.domain == d] for d in averaged]
         values = [mean_of_known(v) for v in by_domain] if domain == MEAN else by_domain[0]
@@ -307,10 +329,10 @@ def _row(
             high,
         )
 
-    def of_headline(name: str) -> Callable[[_Run], float]:
+    def of_headline(name: str) -> Callable[[ScoredRun], float]:
         return lambda run: (run.scores or {})[name]
 
-    def of_class(name: str, key: str) -> Callable[[_Run], float]:
+    def of_class(name: str, key: str) -> Callable[[ScoredRun], float]:
         return lambda run: (run.per_class or {})[name][key]
 
     return Row(
@@ -334,8 +356,8 @@ def _row(
 
 
 def _difference(
-    runs: Sequence[_Run],
-    first: Sequence[_Run],
+    runs: Sequence[ScoredRun],
+    first: Sequence[ScoredRun],
     domain: str,
     domains: Sequence[str],
     classes: Sequence[str],
@@ -368,7 +390,7 @@ def _paired(score: Score, base: Score, resamples: int) -> PairedDifference:
     return paired_bootstrap(score.counts, base.counts, score.of, n=resamples)
 
 
-def _tested(runs: Iterable[_Run], averaged: Sequence[str]) -> list[Tested]:
+def _tested(runs: Iterable[ScoredRun], averaged: Sequence[str]) -> list[Tested]:
     return [Tested(image, averaged.index(run.domain)) for run in runs for image in run.images or ()]
 
 

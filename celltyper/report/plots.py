@@ -152,18 +152,26 @@ def place(x: float, y: float, xs: Sequence[float], ys: Sequence[float]) -> tuple
     )
 
 
-def axes(xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str) -> Markup:
-    """Axes with a tick at every given number and names."""
+def axes(
+    xs: Sequence[float],
+    ys: Sequence[float],
+    x_label: str,
+    y_label: str,
+    x_names: Sequence[str] | None = None,
+) -> Markup:
+    """Axes with a tick at every given number and names; `x_names` in place of the numbers."""
     parts = []
     for value in ys:
         _, y = place(xs[0], value, xs, ys)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in xs:
+    for value, name in zip(xs, x_names or [f"{value:g}" for value in xs], strict=True):
         x, _ = place(value, ys[0], xs, ys)
         base = HEIGHT - BOTTOM
         parts.append(f'<path class="axis" d="M{x:.1f} {base}v4"/>')
-        parts.append(f'<text x="{x:.1f}" y="{base + 17}" text-anchor="middle">{value:g}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{base + 17}" text-anchor="middle">{escape(name)}</text>'
+        )
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     middle = (WIDTH + LEFT - RIGHT) / 2
     parts.append(

@@ -24,7 +24,7 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,7 +35,8 @@ from celltyper.wholeslide.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-Task = Callable[[Block], int]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _PATIENCE = 0.2  # seconds until an interrupt is noticed
 _ANSWER = 10.0  # seconds that a scheduler has to answer
@@ -71,18 +72,21 @@ class Pool:
         """How many blocks to have in work for maps: the next is read while one is predicted."""
         return 2
 
-    def predict(self, task: Task, block: Block) -> Future[int]:
-        """Have the maps of a block made."""
-        return self._forward.submit(task, block)
+    def predict(self, task: Callable[[Item], Result], item: Item) -> Future[Result]:
+        """Have the maps of a block made, or any other heavy work done."""
+        return self._forward.submit(task, item)
 
-    def decode(self, task: Task, block: Block) -> Future[int]:
+    def decode(self, task: Callable[[Item], Result], item: Item) -> Future[Result]:
         """Have the cells of a block found."""
-        return self._cells.submit(task, block)
+        return self._cells.submit(task, item)
 
-    def lost(self, error: BaseException, block: Block) -> CelltyperError | None:
-        """What to tell of an error that is not of the block but of those who worked on it."""
-        del error, block
+    def lost(self, error: BaseException, name: str) -> CelltyperError | None:
+        """What to tell of an error that is not of the work `name` but of those who did it."""
+        del error, name
         return None
+
+    def end(self) -> None:
+        """Give up what is in work."""
 
     def leave(self, key: str) -> None:
         """Tell all who work on a slide that it is over, see `celltyper.wholeslide.sent`."""
@@ -91,26 +95,27 @@ class Pool:
 class _Processes(Pool):
     shared = False
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, threads: int | None) -> None:
         self._workers = workers
+        self._threads = threads or max(1, (os.cpu_count() or 1) // workers)
         self._executor = self._start()
 
     def at_once(self) -> int:
         return self._workers + 1
 
-    def predict(self, task: Task, block: Block) -> Future[int]:
+    def predict(self, task: Callable[[Item], Result], item: Item) -> Future[Result]:
         # An interrupt is for the first process alone, which tells the others; so also while they
         # start and know nothing of it.
         with _without_interrupts():
-            return self._executor.submit(task, block)
+            return self._executor.submit(task, item)
 
     decode = predict
 
-    def lost(self, error: BaseException, block: Block) -> CelltyperError | None:
+    def lost(self, error: BaseException, name: str) -> CelltyperError | None:
         if not isinstance(error, BrokenProcessPool):
             return None
         self.end()
-        self._executor = self._start()  # for the next slide
+        self._executor = self._start()  # for the next one
         return RunError(
             f"a worker process died, perhaps for want of memory; {_GO_ON} (with fewer --workers "
             "or a smaller --batch-size)"
@@ -130,7 +135,7 @@ class _Processes(Pool):
             self._workers,
             multiprocessing.get_context("spawn"),
             initializer=_start_worker,
-            initargs=(max(1, (os.cpu_count() or 1) // self._workers),),
+            initargs=(self._threads,),
         )
 
 
@@ -165,18 +170,18 @@ class _Cluster(Pool):
     def at_once(self) -> int:
         return 2 * max(1, self.workers())
 
-    def predict(self, task: Task, block: Block) -> Future[int]:
-        return self._submit("maps", task, block)
+    def predict(self, task: Callable[[Item], Result], item: Item) -> Future[Result]:
+        return self._submit("maps", task, item)
 
-    def decode(self, task: Task, block: Block) -> Future[int]:
-        return self._submit("cells", task, block)
+    def decode(self, task: Callable[[Item], Result], item: Item) -> Future[Result]:
+        return self._submit("cells", task, item)
 
-    def lost(self, error: BaseException, block: Block) -> CelltyperError | None:
+    def lost(self, error: BaseException, name: str) -> CelltyperError | None:
         from distributed.scheduler import KilledWorker
 
         if isinstance(error, KilledWorker):
             return RunError(
-                f"block {block.name}: {error.allowed_failures + 1} Dask workers died, one after "
+                f"{name}: {error.allowed_failures + 1} Dask workers died, one after "
                 f"another, while they were at it or about to be, the last {_where(error)}, perhaps "
                 f"for want of memory; {_GO_ON} (with more memory for a worker, fewer threads or a "
                 "smaller --batch-size)"
@@ -199,11 +204,11 @@ class _Cluster(Pool):
         asking.start()
         asking.join(_LOOK)
 
-    def _submit(self, stage: str, task: Task, block: Block) -> Future[int]:
+    def _submit(self, stage: str, task: Callable[[Item], Result], item: Item) -> Future[Result]:
         # As bytes, which say nothing to the scheduler: it would import all that a task names.
-        packed = pickle.dumps(_OnNode(task, block))
+        packed = pickle.dumps(_OnNode(task, item))
         key = f"{stage}-{secrets.token_hex(8)}"
-        future: Future[int] = self._executor.submit(pickle.loads, packed, key=key)
+        future: Future[Result] = self._executor.submit(pickle.loads, packed, key=key)
         return future
 
     def _tell(self, key: str) -> None:
@@ -226,9 +231,16 @@ def local_pool() -> Iterator[Pool]:
 
 
 @contextmanager
-def process_pool(workers: int) -> Iterator[Pool]:
-    """Processes of this machine, each with its own model and share of the processors."""
-    pool = _Processes(workers)
+def process_pool(workers: int, threads: int | None = None) -> Iterator[Pool]:
+    """Processes of this machine, each with its own model and share of the processors.
+
+    Parameters
+    ----------
+    workers : int
+    threads : int or None
+        Threads of a process; by default an even share of the processors.
+    """
+    pool = _Processes(workers, threads)
     try:
         yield pool
     except BaseException:
@@ -360,7 +372,7 @@ def run_blocks(
                             if not any(each in undecoded for each in plan.around(near)):
                                 worker.forget(near)
     except Exception as error:
-        explained = pool.lost(error, block)
+        explained = pool.lost(error, f"block {block.name}")
         if explained is None:
             raise
         raise explained from error
@@ -414,17 +426,17 @@ def _without_interrupts() -> Iterator[None]:
 class _OnNode:
     """Is done where it is unpickled."""
 
-    def __init__(self, task: Task, block: Block) -> None:
-        self._call = task, block
+    def __init__(self, task: Callable[[Item], Any], item: Item) -> None:
+        self._call = task, item
 
     def __reduce__(self) -> Any:
         return _on_node, self._call
 
 
-def _on_node(task: Task, block: Block) -> int:
+def _on_node(task: Callable[[Item], Result], item: Item) -> Result:
     """Work in a cluster, where an error is worth little without the name of the machine."""
     try:
-        return task(block)
+        return task(item)
     except CelltyperError as error:
         raise type(error)(f"{error} (on {socket.gethostname()})") from error
 
