@@ -27,6 +27,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from celltyper import __version__
+from celltyper.calibration import calibration_of
 from celltyper.checkpoints import load_model
 from celltyper.encoders.adapt import Adapted
 from celltyper.encoders.lora import is_lora, merge_lora, save_lora
@@ -281,6 +282,8 @@ def cells_of_maps(maps: Maps, facts: Mapping[str, Any], name: str = "") -> Predi
         facts["mpp"],
         name,
         tuple(facts["colors"]),
+        # files of earlier versions say nothing of it
+        calibration_of(facts.get("calibration")),
     )
 
 
@@ -310,6 +313,7 @@ def _facts_of(model: CellTyper, tile: int, format: str) -> dict[str, Any]:
         "format": format,
         "classes": list(model.classes),
         "colors": list(colors_of(model)),
+        "calibration": None if model.calibration is None else model.calibration.facts(),
         "mpp": model.mpp,
         "tile": tile,
         "overlap": model.overlap,
