@@ -134,6 +134,12 @@ def train(
 @click.option("--points", type=PATH, help="Patches: where to look on IMAGE (CSV, cells, GeoJSON).")
 @IMAGES
 @SKIP_BAD
+@click.option(
+    "--abstain",
+    type=click.FloatRange(0.5, 0.99),
+    metavar="SHARE",
+    help="Name only what is as sure as this share of validation; the rest is 'unknown'.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace earlier results in the folder.")
 @slides
 @predicting

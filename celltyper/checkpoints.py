@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from celltyper import __version__
 from celltyper.atomic import atomic_path
+from celltyper.calibration import calibration_of
 from celltyper.config import Config, one_line, parse_config
+from celltyper.domain import domain_of
 from celltyper.encoders.adapt import Adapted, freeze
 from celltyper.encoders.lora import merge_lora
 from celltyper.encoders.trainability import fingerprint
@@ -40,6 +42,8 @@ from celltyper.library.files import (
 from celltyper.library.shelf import find_model
 from celltyper.models import CellTyper, Ensemble, build_model
 
+_DOMAIN = "domain."
+
 
 @dataclass(frozen=True)
 class Header:
@@ -50,6 +54,8 @@ class Header:
     colors: tuple[str, ...]
     mpp: float | None
     encoder_fingerprint: str
+    calibration: dict[str, Any] | None = None
+    domain: dict[str, Any] | None = None
     celltyper_version: str = __version__
     format: int = FORMAT
 
@@ -170,9 +176,13 @@ def save_model(
         colors=model.colors,
         mpp=model.mpp,
         encoder_fingerprint=fingerprint(model.encoder) if base is None else base,
+        calibration=None if model.calibration is None else model.calibration.facts(),
+        domain=None if model.domain is None else model.domain.facts(),
     )
     state = trained_state(model) if state is None else state
-    write_tensors(path, state, asdict(header))
+    known = {} if model.domain is None else model.domain.tensors()
+    of_domain = {f"{_DOMAIN}{name}": torch.from_numpy(array) for name, array in known.items()}
+    write_tensors(path, {**state, **of_domain}, asdict(header))
 
 
 def load_model(
@@ -241,7 +251,11 @@ def _load(
     try:
         header = Header(**values)
         config = parse_config(header.config, where=f"config in {file}")
-    except TypeError as error:
+        calibration = calibration_of(header.calibration)
+        of_domain = {k: state.pop(k).numpy() for k in list(state) if k.startswith(_DOMAIN)}
+        known = {name.removeprefix(_DOMAIN): array for name, array in of_domain.items()}
+        domain = domain_of(header.domain, known)
+    except (TypeError, KeyError) as error:
         raise CheckpointError(f"{file} is not a celltyper model: {one_line(error)}") from error
     code = [n for n in (config.decoder.name, config.instances.method) if ":" in n]
     if code and not allow_code:
@@ -267,6 +281,7 @@ def _load(
             "--weights"
         )
     load_state(model, state, where=str(file))
+    model.calibration, model.domain = calibration, domain
     if merge and config.encoder.adapt in ("lora", "dora"):
         model.encoder = freeze(merge_lora(model.encoder))
     return model.to(device).eval()

@@ -20,7 +20,7 @@ from celltyper.checkpoints import load_model
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.errors import CelltyperError, ConfigError, DataError, RunError
 from celltyper.library.shelf import find_model
-from celltyper.models import colors_of
+from celltyper.models import colors_of, threshold_of
 from celltyper.predict import autocast, check_mpp, pick_device
 from celltyper.readers.files import read_table
 from celltyper.report.amounts import amount, duration
@@ -170,6 +170,7 @@ def infer_slides(
     cluster: str | None = None,
     keep_maps: bool = False,
     embeddings: bool = False,
+    abstain: float | None = None,
     device: str = "auto",
     batch_size: int | None = None,
     symmetries: int | None = None,
@@ -203,7 +204,7 @@ def infer_slides(
     cluster : str or None
         Address of a running Dask scheduler instead; its workers must see slides, model and
         `output` under the same paths.
-    block, keep_maps, embeddings, batch_size, symmetries, precision, overwrite
+    block, keep_maps, embeddings, abstain, batch_size, symmetries, precision, overwrite
         See `celltyper.wholeslide.infer_slide`.
     device, encoder_weights, allow_code
         See `celltyper.infer`.
@@ -243,9 +244,15 @@ def infer_slides(
     model = load_model(run, device=place, encoder_weights=encoder_weights, allow_code=allow_code)
     if embeddings:
         the_encoder(model)
+    threshold = threshold_of(model, abstain)
     if not overwrite:
         check_begun(
-            model, folders, symmetries=symmetries, precision=precision, embeddings=embeddings
+            model,
+            folders,
+            symmetries=symmetries,
+            precision=precision,
+            embeddings=embeddings,
+            abstain=abstain,
         )
     weights = encoder_weights
     if weights is not None and Path(weights).exists():
@@ -276,6 +283,7 @@ def infer_slides(
                             precision=precision,
                             keep_maps=keep_maps,
                             embeddings=embeddings,
+                            abstain=abstain,
                             overwrite=overwrite,
                             progress=progress,
                             pool=pool,
@@ -319,6 +327,8 @@ def infer_slides(
             "device": str(place),
             "symmetries": symmetries or model.symmetries,
             "precision": precision,
+            "calibration": None if model.calibration is None else model.calibration.facts(),
+            "threshold": threshold,
             "images": [_index_entry(facts) for facts in done],
             "failed": failed,
         },
@@ -374,6 +384,7 @@ def _index_entry(facts: Mapping[str, Any]) -> dict[str, Any]:
         "mpp": None if mpp is None else mpp[0],
         "tissue_mm2": _area_mm2(facts),
         "cells": facts["cells"],
+        "domain": facts.get("domain"),
         "seconds": facts["seconds"],
     }
 

@@ -190,6 +190,16 @@ class Infer(Section):
     batch_size: int = Field(8, ge=1)
 
 
+class Calibrate(Section):
+    """How class probabilities are scaled at the end of training (docs/calibration.md).
+
+    With fewer than ``min_cases`` cells, or windows, of validation none is scaled.
+    """
+
+    method: Literal["temperature", "vector", "none"] = "temperature"
+    min_cases: int = Field(100, ge=2)
+
+
 class Config(Section):
     """A whole run. Defaults live here only; a YAML holds what a recipe chooses."""
 
@@ -203,6 +213,7 @@ class Config(Section):
     loss: Loss = Loss()
     train: Train = Train()
     infer: Infer = Infer()
+    calibration: Calibrate = Calibrate()
 
     @model_validator(mode="after")
     def _augmentation_has_an_effect(self) -> Config:

@@ -7,12 +7,14 @@ resampling of clusters gives the interval of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from celltyper.calibration import Calibration, class_probabilities
 from celltyper.errors import DataError
 from celltyper.labels import centroids
 from celltyper.metrics.bootstrap import cluster_bootstrap
@@ -49,6 +51,10 @@ RADIUS_PX = 12.0
 
 BLOCK_PX = 256
 """Side of the blocks that are resampled where there are too few patients or fields."""
+
+COVERAGES = (0.95, 0.9, 0.8, 0.7)
+"""Shares of the validation cells that keep a name; an evaluation says how many of these are right.
+"""
 
 MIN_GROUPS = 8
 """From this many patients or fields on, they are resampled, not blocks."""
@@ -102,6 +108,10 @@ class ImageScores:
         Largest distance of ``near`` pairs, with its unit.
     unannotated : tuple of int
         Classes that the annotation does not cover.
+    raw : ndarray of float64, shape (m, K), or None
+        Class probabilities of predicted cells before calibration; None if they were not kept.
+    calibration : Calibration or None
+        That of the model.
     """
 
     name: str
@@ -118,6 +128,83 @@ class ImageScores:
     aji: float
     radius: str
     unannotated: tuple[int, ...] = ()
+    raw: Values | None = None
+    calibration: Calibration | None = None
+
+
+class Selected(NamedTuple):
+    """Cells or windows that have a name with a threshold."""
+
+    wanted: float
+    """Share of the validation cells that the threshold was chosen for."""
+    threshold: float
+    coverage: float
+    """Share of these cells that has a name."""
+    accuracy: float
+    """Share of the cells with a name whose name is right, NaN without any."""
+
+
+def select(
+    probability: Values, right: NDArray[np.bool_], thresholds: Mapping[float, float]
+) -> list[Selected]:
+    """How many cells have a name, and how often it is right, with each of some thresholds.
+
+    Parameters
+    ----------
+    probability : ndarray of float64, shape (n,)
+        Of the most probable class.
+    right : ndarray of bool, shape (n,)
+        Whether its name is right.
+    thresholds : mapping of float to float
+        By the share of the validation cells that they were chosen for.
+
+    Returns
+    -------
+    list of Selected
+        One a threshold.
+    """
+    found = []
+    for wanted, threshold in thresholds.items():
+        named = probability >= threshold
+        share = float(ratio(named.sum(), len(named)))
+        accuracy = float(ratio(right[named].sum(), named.sum()))
+        found.append(Selected(wanted, threshold, share, accuracy))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class TypedCells:
+    """Predicted cells at an annotated nucleus of known class, with their class probabilities.
+
+    Parameters
+    ----------
+    truth : ndarray of int, shape (n,)
+        Annotated class, from 0.
+    raw : ndarray of float64, shape (n, K)
+        Probabilities given that there is a cell, before calibration.
+    calibration : Calibration or None
+        That of the model.
+    """
+
+    truth: NDArray[np.intp]
+    raw: Values
+    calibration: Calibration | None = None
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    @property
+    def calibrated(self) -> Values:
+        """Probabilities after calibration, or `raw` without one, shape (n, K)."""
+        return self.raw if self.calibration is None else self.calibration.scaling.apply(self.raw)
+
+    def by_coverage(self, coverages: Sequence[float] = COVERAGES) -> list[Selected]:
+        """How often names are right if so many of the surest validation cells keep theirs."""
+        if self.calibration is None or not len(self):
+            return []
+        found = self.calibrated
+        thresholds = {c: self.calibration.threshold(c) for c in coverages}
+        return select(found.max(axis=1), found.argmax(axis=1) == self.truth, thresholds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +227,9 @@ class Summary:
     clusters : str
         What was resampled for the intervals.
     calibration_error : float
-        Expected calibration error of the mean probabilities of annotated nuclei.
+        Expected calibration error of the class probabilities of `typed`.
+    typed : TypedCells
+        Predicted cells at annotated nuclei.
     images : list of ImageScores
     radius : str
         Largest distance of a detection, with its unit.
@@ -153,6 +242,7 @@ class Summary:
     pairs: NDArray[np.int64]
     clusters: str
     calibration_error: float
+    typed: TypedCells
     images: list[ImageScores]
     radius: str
 
@@ -212,7 +302,36 @@ def score_image(prediction: Prediction, sample: Sample) -> ImageScores:
         aji=aggregated_jaccard(table).score,
         radius=f"{RADIUS_UM:g} um" if mpp else f"{RADIUS_PX:g} px (resolution unknown)",
         unannotated=sample.unannotated,
+        raw=class_probabilities(prediction.cell_probabilities),
+        calibration=prediction.calibration,
     )
+
+
+def typed_cells(images: Sequence[ImageScores], n_classes: int) -> TypedCells:
+    """Predicted cells whose centroid lies at an annotated nucleus of known class.
+
+    Parameters
+    ----------
+    images : sequence of ImageScores
+        Those without class probabilities are passed over.
+    n_classes : int
+        Number K of phenotypes.
+
+    Returns
+    -------
+    TypedCells
+        Without calibration if it is not the same for all, as of several runs.
+    """
+    truth, raw = [np.zeros(0, np.intp)], [np.zeros((0, n_classes))]
+    for image in images:
+        if image.raw is None:
+            continue
+        known = image.true[image.near.ref] > 0
+        truth.append(image.true[image.near.ref][known] - 1)
+        raw.append(image.raw[image.near.pred][known])
+    every = [image.calibration for image in images]
+    calibration = every[0] if every and all(each == every[0] for each in every) else None
+    return TypedCells(np.concatenate(truth), np.concatenate(raw), calibration)
 
 
 def _without_possible(prediction: Prediction, sample: Sample, radius: float) -> Prediction:
@@ -315,9 +434,7 @@ def summarise(
         }
         for c, name in enumerate(classes)
     }
-    known = [i.true > 0 for i in images]
-    confidence = [i.confidence[m] for i, m in zip(images, known, strict=True)]
-    truth = [i.true[m] for i, m in zip(images, known, strict=True)]
+    typed = typed_cells(images, k)
     return Summary(
         classes=tuple(classes),
         scores=scores,
@@ -325,7 +442,8 @@ def summarise(
         confusion=sums["confusion"].sum(0).astype(np.int64),
         pairs=pairs,
         clusters=text,
-        calibration_error=_calibration_error(confidence, truth),
+        calibration_error=expected_calibration_error(typed.calibrated, typed.truth),
+        typed=typed,
         images=list(images),
         radius=" or ".join(sorted({i.radius for i in images})),
     )
@@ -485,11 +603,3 @@ def values_of_images(images: Sequence[ImageScores], n_classes: int) -> dict[str,
 
 def _plain_f1(typed: Values) -> Values:
     return typed_f1(typed, PLAIN_WEIGHTS)
-
-
-def _calibration_error(
-    confidence: Sequence[NDArray[np.float32]], truth: Sequence[NDArray[np.intp]]
-) -> float:
-    if not sum(len(t) for t in truth):
-        return float("nan")
-    return float(expected_calibration_error(np.concatenate(confidence), np.concatenate(truth)))

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_text
+from celltyper.calibration import calibration_of
 from celltyper.checkpoints import load_model, model_folders, read_tensors, write_tensors
 from celltyper.config import Encoder
 from celltyper.encoders.adapt import Adapted
@@ -412,6 +413,8 @@ def cells_of_maps(maps: Maps, facts: Mapping[str, Any], name: str = "") -> Predi
         facts["mpp"],
         name,
         tuple(facts["colors"]),
+        # files of earlier versions say nothing of it
+        calibration_of(facts.get("calibration")),
     )
 
 
@@ -441,6 +444,7 @@ def _facts_of(model: CellTyper, tile: int, format: str) -> dict[str, Any]:
         "format": format,
         "classes": list(model.classes),
         "colors": list(colors_of(model)),
+        "calibration": None if model.calibration is None else model.calibration.facts(),
         "mpp": model.mpp,
         "tile": tile,
         "overlap": model.overlap,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from celltyper import __version__
 from celltyper.atomic import atomic_path, make_folder, write_json
+from celltyper.calibration import calibration_of
 from celltyper.cells.geojson import write_geojson
 from celltyper.cells.morphology import measure
 from celltyper.cells.stream import write_csv
@@ -26,9 +27,10 @@ from celltyper.checkpoints import load_model
 from celltyper.config import one_line
 from celltyper.datasets import read_image
 from celltyper.datasets.images import IMAGE_SUFFIXES
+from celltyper.domain import Distance
 from celltyper.errors import ConfigError, DataError
 from celltyper.library.shelf import find_model
-from celltyper.models import CellTyper, colors_of
+from celltyper.models import CellTyper, colors_of, threshold_of
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.readers.files import files_by_stem
 from celltyper.report.overlay import save_overlay
@@ -60,6 +62,7 @@ def infer(
     batch_size: int | None = None,
     symmetries: int | None = None,
     precision: str = "fp32",
+    abstain: float | None = None,
     overwrite: bool = False,
     encoder_weights: str | None = None,
     allow_code: bool = False,
@@ -92,6 +95,8 @@ def infer(
         configured with.
     precision : {"fp32", "bf16", "fp16"}
         See `celltyper.predict.autocast`.
+    abstain : float or None
+        See `celltyper.predict_image`: cells below the threshold are "unknown".
     overwrite : bool
         Replace earlier results in `output`.
     encoder_weights, allow_code
@@ -127,6 +132,7 @@ def infer(
     place = pick_device(device)
     autocast(place, precision)
     model = load_model(run, device=place, encoder_weights=encoder_weights, allow_code=allow_code)
+    threshold = threshold_of(model, abstain)
     new = not output.exists()
     make_folder(output)
     entries: list[dict[str, Any]] = []
@@ -156,6 +162,7 @@ def infer(
                     precision=precision,
                     name=name,
                     progress=show,
+                    abstain=abstain,
                 )
             except DataError as error:
                 if len(paths) == 1:
@@ -166,6 +173,9 @@ def infer(
                 logger.warning("skipped: %s", error)
                 failed.append({"image": str(path), "error": str(error)})
                 continue
+            distance = prediction.distance
+            if distance is not None and distance.is_far:
+                logger.warning("%s: %s", name, distance.warning)
             # From the first write on, the folder counts as unfinished until the index is there.
             if not entries:
                 clear(output)
@@ -181,6 +191,7 @@ def infer(
                     "width": image.shape[1],
                     "mpp": prediction.mpp,
                     "cells": len(prediction),
+                    "domain": None if distance is None else distance._asdict(),
                     "seconds": round(time.monotonic() - started, 2),
                 }
             )
@@ -200,6 +211,8 @@ def infer(
             "device": str(place),
             "symmetries": symmetries or model.symmetries,
             "precision": precision,
+            "calibration": None if model.calibration is None else model.calibration.facts(),
+            "threshold": threshold,
             "images": entries,
             "failed": failed,
         },
@@ -341,4 +354,8 @@ def _read_prediction(path: Path, entry: dict[str, Any], facts: dict[str, Any]) -
         mpp=entry["mpp"],
         name=entry["name"],
         colors=tuple(facts["colors"]),
+        # results of earlier versions say nothing of these
+        calibration=calibration_of(facts.get("calibration")),
+        threshold=facts.get("threshold", 0.0),
+        distance=Distance(**entry["domain"]) if entry.get("domain") else None,
     )

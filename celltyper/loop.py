@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,15 +14,24 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celltyper.checkpoints import load_state, save_model, trained_state, write_tensors
+from celltyper.calibration import FLOOR, Calibration, coverage_thresholds, fit_scaling
+from celltyper.checkpoints import (
+    load_state,
+    read_tensors,
+    save_model,
+    trained_state,
+    write_tensors,
+)
 from celltyper.config import Config, Loss, one_line
 from celltyper.datasets import Dataset
+from celltyper.domain import FEWEST_TILES, MOST_TILES, Domain, evenly, fit_domain
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import ConfigError
-from celltyper.evaluation import score_image, summarise
+from celltyper.evaluation import ImageScores, score_image, summarise, typed_cells
 from celltyper.features import FeatureCache
 from celltyper.library.files import MODEL_FILE
 from celltyper.losses import effective_class_weights
+from celltyper.metrics.calibration import expected_calibration_error
 from celltyper.models import CellTyper
 from celltyper.objective import objective
 from celltyper.optim import (
@@ -31,9 +41,13 @@ from celltyper.optim import (
     optimizer_tensors,
     restore_optimizer,
 )
-from celltyper.predict import predict_image
-from celltyper.runs import LAST_FILE, Progress, write_history
+from celltyper.predict import predict_image, tile_embeddings
+from celltyper.runs import LAST_FILE, Progress, cells_per_class, write_history
 from celltyper.targets import FEATURES
+from celltyper.tiling import tile_grid
+from celltyper.types import Sample
+
+logger = logging.getLogger("celltyper")
 
 
 class Loop:
@@ -114,25 +128,123 @@ class Loop:
 
     def validate(self, data: Dataset) -> dict[str, float]:
         """Scores on whole validation images, with the averaged weights if there are any."""
-        infer = self.config.infer
         own = {name: t.detach().clone() for name, t in self.state.items()} if self.average else {}
         self._put(self.average.state if self.average else {})
+        # several symmetries cost as many encoder passes, which `encoder.cache` is to spare
+        scores = self._scored(data, symmetries=1)
+        self._put(own)
+        return {s: e.value for s, e in summarise(scores, data.classes, resamples=0).scores.items()}
+
+    def calibrate(self, train: Dataset, val: Dataset, output: Path) -> None:
+        """Find out on held-out images what the best model's answers are worth, and write it down.
+
+        The model has its best weights from then on.
+
+        Parameters
+        ----------
+        train, val : Dataset
+            The training and validation images. The best model was chosen on the latter too, which
+            a scaling of one number, or of two per class, hardly notices.
+        output : Path
+            The run folder, whose ``model.safetensors`` gets the scaling of class probabilities and
+            the embeddings of the training images, as far as there are enough cells and tiles.
+        """
+        tensors, _ = read_tensors(output / MODEL_FILE)
+        best = {name: tensors[name] for name in self.state}
+        self._put(best)
+        self.bare.eval()
+        self.bare.calibration = self._calibration(val)
+        self.bare.domain = self._domain(train, val)
+        if self.bare.calibration is not None or self.bare.domain is not None:
+            save_model(output / MODEL_FILE, self.bare, self.config, best, self.base)
+
+    def _calibration(self, data: Dataset) -> Calibration | None:
+        """Scaling of class probabilities, if there are enough validation cells."""
+        settings, classes = self.config.calibration, self.bare.classes
+        if settings.method == "none" or len(classes) < 2:
+            return None
+        n = sum(cells_per_class(data).values()) if len(data) else 0
+        kind = "are annotated"
+        if n >= settings.min_cases:
+            # as many symmetries as in use, which make probabilities less extreme
+            scores = self._scored(data, symmetries=self.config.infer.symmetries)
+            typed = typed_cells(scores, len(classes))
+            n, kind = len(typed), "were found"
+        if n < settings.min_cases:
+            logger.info(
+                "class probabilities are not calibrated: %d validation cells %s, and "
+                "calibration.min_cases is %d",
+                n,
+                kind,
+                settings.min_cases,
+            )
+            return None
+        scaling = fit_scaling(typed.raw, typed.truth, settings.method, floor=FLOOR)
+        scaled = scaling.apply(typed.raw)
+        logger.info(
+            "class probabilities calibrated on %d cells: %s, error %.3f before, %.3f after",
+            n,
+            scaling.text,
+            expected_calibration_error(typed.raw, typed.truth),
+            expected_calibration_error(scaled, typed.truth),
+        )
+        return Calibration(scaling, n, coverage_thresholds(scaled.max(axis=1)))
+
+    def _domain(self, train: Dataset, val: Dataset) -> Domain | None:
+        """What the encoder sees of the training images, if they have enough tiles."""
+        kept, others, held_out = list(train.names), val, "validation"
+        if not len(val):
+            # every fifth
+            others, held_out = train.subset(kept[::5]), "training images left out"
+            kept = [name for i, name in enumerate(kept) if i % 5]
+        # counted before the encoder runs; every image has a tile
+        if len(kept) < FEWEST_TILES:
+            sizes = (self._size(train[name], train) for name in kept)
+            tiles = sum(len(tile_grid(s, self.bare.tile, self.bare.overlap)) for s in sizes)
+            if tiles < FEWEST_TILES:
+                return None
+        own = self._embeddings(train.subset(kept))
+        return fit_domain(own, self._embeddings(others), held_out)
+
+    def _embeddings(self, data: Dataset) -> NDArray[np.float32]:
+        """Of `MOST_TILES` tiles or somewhat more, evenly from the images: (tiles, C)."""
+        some = [data.names[i] for i in evenly(len(data), MOST_TILES)]
+        found = [
+            tile_embeddings(
+                self.bare,
+                sample.image,
+                sample.mpp or data.mpp or self.bare.mpp,
+                most=-(-MOST_TILES // len(some)),
+                precision=self.config.train.precision,
+                features=self.cache,
+            )
+            for sample in data.subset(some)
+        ]
+        return np.concatenate(found)
+
+    def _size(self, sample: Sample, data: Dataset) -> tuple[int, int]:
+        """Height and width of an image as the model sees it, pixels."""
+        mpp, own = sample.mpp or data.mpp or self.bare.mpp, self.bare.mpp
+        factor = mpp / own if mpp and own else 1.0
+        height, width = (max(1, round(side * factor)) for side in sample.labels.shape)
+        return height, width
+
+    def _scored(self, data: Dataset, *, symmetries: int) -> list[ImageScores]:
+        """Whole images predicted and scored."""
         scores = []
         for sample in data:
             prediction = predict_image(
                 self.bare,
                 sample.image,
                 sample.mpp or data.mpp or self.bare.mpp,
-                batch_size=infer.batch_size,
-                # several would cost as many encoder passes, which `encoder.cache` is to spare
-                symmetries=1,
+                batch_size=self.config.infer.batch_size,
+                symmetries=symmetries,
                 precision=self.config.train.precision,
                 name=sample.name,
                 features=self.cache,
             )
             scores.append(score_image(prediction, sample))
-        self._put(own)
-        return {s: e.value for s, e in summarise(scores, data.classes, resamples=0).scores.items()}
+        return scores
 
     def save(self, output: Path, state: Progress, *, improved: bool) -> None:
         """Write the best model if this is it, the history, and last the last checkpoint."""

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from celltyper.calibration import ABSTAINED, Calibration
 from celltyper.cells.colors import default_colors
 from celltyper.config import Config, Encoder
 from celltyper.decoders import build_decoder, stride_option
+from celltyper.domain import Domain
 from celltyper.encoders import find_card, load_encoder
 from celltyper.encoders.adapt import Adapted
 from celltyper.encoders.trainability import fingerprint
@@ -56,6 +58,10 @@ class CellTyper(nn.Module):
         Tiles per forward pass at inference.
     symmetries : {1, 2, 4, 8}
         Over how many symmetries of a tile maps are averaged at inference.
+    calibration : Calibration or None
+        How mean softmax inside a cell becomes probabilities of its class, if that is known.
+    domain : Domain or None
+        What the encoder sees of the training images, if that is known.
 
     Attributes
     ----------
@@ -77,6 +83,8 @@ class CellTyper(nn.Module):
         overlap: int = 64,
         batch_size: int = 8,
         symmetries: int = 1,
+        calibration: Calibration | None = None,
+        domain: Domain | None = None,
     ) -> None:
         super().__init__()
         if len(set(classes)) != len(classes) or not classes:
@@ -100,6 +108,8 @@ class CellTyper(nn.Module):
         self.overlap = overlap
         self.batch_size = batch_size
         self.symmetries = symmetries
+        self.calibration = calibration
+        self.domain = domain
         phenotype = MapSpec(len(self.classes) + 1, "softmax", "bce_dice")
         self.maps: dict[str, MapSpec] = {PHENOTYPE: phenotype, **self.instances.maps}
         first = int(self.decoder.out_channels)  # type: ignore[arg-type]
@@ -157,7 +167,9 @@ class Ensemble(CellTyper):
     ----------
     models : sequence of CellTyper
         Of the same classes, resolution and instance method. Where all have the same frozen
-        encoder, it is kept once and runs once for all.
+        encoder, it is kept once and runs once for all. Their maps are averaged before there are
+        cells, so what calibrates each of them does not fit the mean: it is not calibrated. Nor
+        has it a domain, for its models were trained on different images.
 
     Raises
     ------
@@ -181,6 +193,8 @@ class Ensemble(CellTyper):
         self.classes, self.colors, self.mpp = first.classes, first.colors, first.mpp
         self.tile, self.overlap = first.tile, first.overlap
         self.batch_size, self.symmetries = first.batch_size, first.symmetries
+        self.calibration = None
+        self.domain = None
 
     def forward(
         self, images: Tensor, features: Sequence[Tensor] | None = None
@@ -200,6 +214,38 @@ class Ensemble(CellTyper):
 def colors_of(model: CellTyper) -> tuple[str, ...]:
     """Colors of the model's phenotypes, its own or the defaults by name."""
     return model.colors or default_colors(model.classes)
+
+
+def threshold_of(model: CellTyper, abstain: float | None) -> float:
+    """Class probability that a cell needs for a name.
+
+    Parameters
+    ----------
+    model : CellTyper
+    abstain : float or None
+        Share of the validation cells that keeps a name; None gives a name to every cell.
+
+    Returns
+    -------
+    float
+        0 if every cell has a name.
+
+    Raises
+    ------
+    ConfigError
+        If the model knows no threshold for it, or a class of its own is called "unknown".
+    """
+    if abstain is None:
+        return 0.0
+    if model.calibration is None:
+        which = "an ensemble" if isinstance(model, Ensemble) else "this model"
+        raise ConfigError(
+            f"abstain: {which} knows no thresholds, which are found on validation cells at the end "
+            "of training (docs/calibration.md); leave --abstain out, or take a calibrated run"
+        )
+    if ABSTAINED in model.classes:
+        raise ConfigError(f"abstain: the model has a class called {ABSTAINED!r} of its own")
+    return model.calibration.threshold(abstain)
 
 
 def _is_frozen(encoder: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from celltyper.domain import evenly
 from celltyper.errors import ConfigError, DataError
-from celltyper.features import FeatureCache
+from celltyper.features import Canvas, FeatureCache
 from celltyper.labels import label_ids, mean_in_labels, resize_labels
-from celltyper.models import PHENOTYPE, CellTyper
+from celltyper.models import PHENOTYPE, CellTyper, threshold_of
 from celltyper.symmetries import ORDER, turn, turn_back
-from celltyper.tiling import read_padded, tile_grid
+from celltyper.tiling import Tile, read_padded, tile_grid
 from celltyper.types import Image, Labels, Prediction
 
 SAME_MPP = 0.01
@@ -96,6 +97,7 @@ def predict_maps(
     precision: str = "fp32",
     progress: Callable[[int, int], None] | None = None,
     features: FeatureCache | None = None,
+    pooled: list[NDArray[np.float32]] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Run the model over an image of any size, tile by tile.
 
@@ -120,20 +122,16 @@ def predict_maps(
     features : FeatureCache or None
         Where features of the model's frozen encoder are kept: it is not run where they are
         known, which is for tiles as they are, and tile and overlap are those of the cache.
+    pooled : list or None
+        Gets the mean of the last feature map over every tile as it is, (tiles, C) a batch. The
+        encoder does not run once more for it.
 
     Returns
     -------
     dict of str to ndarray of float32, each (C, H, W)
         Activated maps.
     """
-    size, shared = tile or model.tile, model.overlap if overlap is None else overlap
-    canvas = None
-    if features is not None:
-        size, shared, canvas = features.tile, features.overlap, features.canvas(image)
-    try:
-        tiles = tile_grid(image.shape[:2], size, shared)
-    except ValueError as error:
-        raise ConfigError(f"infer.overlap: {error}") from error
+    tiles, canvas = _tiles_of(model, image, tile, overlap, features)
     maps = {
         name: np.empty((spec.channels, *image.shape[:2]), np.float32)
         for name, spec in model.maps.items()
@@ -147,13 +145,11 @@ def predict_maps(
     try:
         for start in range(0, len(tiles), step):
             part = tiles[start : start + step]
-            pixels = np.stack([read_padded(image, t.read) for t in part])
-            batch = torch.from_numpy(pixels).to(model.device).permute(0, 3, 1, 2).float() / 255
-            known = None
-            if canvas is not None:
-                windows = [canvas.window(t.read) for t in part]
-                known = [torch.stack(x).to(model.device) for x in zip(*windows, strict=True)]
+            batch, known = _batch_of(model, image, part, canvas)
             with autocast(model.device, precision):
+                if pooled is not None:
+                    known = list(model.encoder(batch)) if known is None else known
+                    pooled.append(mean_of_tiles(known))
                 means = activated_maps(model, batch, turns, known)
             for name, values in means.items():
                 host = values.cpu().numpy()
@@ -168,6 +164,83 @@ def predict_maps(
     finally:
         model.train(was_training)
     return maps
+
+
+@torch.inference_mode()
+def tile_embeddings(
+    model: CellTyper,
+    image: Image,
+    mpp: float | None,
+    *,
+    most: int,
+    precision: str = "fp32",
+    features: FeatureCache | None = None,
+) -> NDArray[np.float32]:
+    """What the encoder sees of an image: the mean of its last feature map over every tile.
+
+    Parameters
+    ----------
+    model : CellTyper
+        In evaluation mode.
+    image : ndarray of uint8, shape (H, W, 3)
+    mpp : float or None
+        Micrometres per pixel of the image, needed if the model has a resolution.
+    most : int
+        Of more tiles so many are taken, evenly.
+    precision, features
+        See `predict_maps`.
+
+    Returns
+    -------
+    ndarray of float32, shape (tiles, C)
+    """
+    if model.mpp is not None and mpp is not None:
+        image = rescale(image, mpp / model.mpp)
+    tiles, canvas = _tiles_of(model, image, None, None, features)
+    tiles = [tiles[i] for i in evenly(len(tiles), most)]
+    found = []
+    for start in range(0, len(tiles), model.batch_size):
+        part = tiles[start : start + model.batch_size]
+        batch, known = _batch_of(model, image, part, canvas)
+        with autocast(model.device, precision):
+            found.append(mean_of_tiles(list(model.encoder(batch)) if known is None else known))
+    return np.concatenate(found)
+
+
+def mean_of_tiles(features: Sequence[Tensor]) -> NDArray[np.float32]:
+    """Mean of the last feature map (B, C, h, w) over each tile: (B, C)."""
+    mean: NDArray[np.float32] = features[-1].float().mean(dim=(2, 3)).cpu().numpy()
+    return mean
+
+
+def _tiles_of(
+    model: CellTyper,
+    image: Image,
+    tile: int | None,
+    overlap: int | None,
+    features: FeatureCache | None,
+) -> tuple[list[Tile], Canvas | None]:
+    """The tiles of an image, and what is known of it."""
+    size, shared = tile or model.tile, model.overlap if overlap is None else overlap
+    canvas = None
+    if features is not None:
+        size, shared, canvas = features.tile, features.overlap, features.canvas(image)
+    try:
+        return tile_grid(image.shape[:2], size, shared), canvas
+    except ValueError as error:
+        raise ConfigError(f"infer.overlap: {error}") from error
+
+
+def _batch_of(
+    model: CellTyper, image: Image, tiles: Sequence[Tile], canvas: Canvas | None
+) -> tuple[Tensor, list[Tensor] | None]:
+    """Pixels of some tiles as the model takes them, and their features if they are known."""
+    pixels = np.stack([read_padded(image, t.read) for t in tiles])
+    batch = torch.from_numpy(pixels).to(model.device).permute(0, 3, 1, 2).float() / 255
+    if canvas is None:
+        return batch, None
+    windows = [canvas.window(t.read) for t in tiles]
+    return batch, [torch.stack(x).to(model.device) for x in zip(*windows, strict=True)]
 
 
 def activated_maps(
@@ -215,6 +288,7 @@ def predict_image(
     name: str = "",
     progress: Callable[[int, int], None] | None = None,
     features: FeatureCache | None = None,
+    abstain: float | None = None,
 ) -> Prediction:
     """Find, outline and type every cell of an image.
 
@@ -230,21 +304,29 @@ def predict_image(
         See `predict_maps`.
     name : str
         Carried into the prediction.
+    abstain : float or None
+        Leave cells without a name that are less sure than this share of the validation cells, see
+        `celltyper.calibration`; None gives every cell one.
 
     Returns
     -------
     Prediction
+        Class probabilities are calibrated if the model is, and there is a distance from the
+        training images if it knows them.
 
     Raises
     ------
     DataError
         If `mpp` is missing or out of range, or the image is not RGB uint8.
+    ConfigError
+        If the model knows no threshold for `abstain`.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise DataError(
             f"image {name!r} must be (H, W, 3) uint8 and not empty, got {image.shape} {image.dtype}"
         )
     check_mpp(mpp)
+    threshold = threshold_of(model, abstain)
     scaled = image
     if model.mpp is not None:
         if mpp is None:
@@ -253,6 +335,7 @@ def predict_image(
                 "micrometres per pixel: pass --mpp (mpp=... in Python)"
             )
         scaled = rescale(image, mpp / model.mpp)
+    pooled: list[NDArray[np.float32]] | None = None if model.domain is None else []
     maps = predict_maps(
         model,
         scaled,
@@ -263,14 +346,29 @@ def predict_image(
         precision=precision,
         progress=progress,
         features=features,
+        pooled=pooled,
     )
+    distance = None
+    if model.domain is not None and pooled:
+        distance = model.domain.of_image(model.domain.distances(np.concatenate(pooled)))
     probabilities = maps.pop(PHENOTYPE)
     labels = model.instances.decode(maps)
     cells = mean_in_labels(labels, probabilities)
     if scaled is not image:
         labels, cells = _labels_to(labels, cells, image.shape[:2])
         probabilities = _maps_to(probabilities, image.shape[:2])
-    return Prediction(labels, probabilities, cells, model.classes, mpp, name, model.colors)
+    return Prediction(
+        labels,
+        probabilities,
+        cells,
+        model.classes,
+        mpp,
+        name,
+        model.colors,
+        model.calibration,
+        threshold,
+        distance,
+    )
 
 
 def check_mpp(mpp: float | None) -> None:

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from celltyper import __version__
 from celltyper.cells.colors import default_colors
 from celltyper.datasets import Dataset
+from celltyper.datasets.dataset import listing
 from celltyper.evaluation import Estimate, ImageScores, Summary, summarise
 from celltyper.library.cards import card_line
-from celltyper.metrics.calibration import reliability_table
+from celltyper.metrics.calibration import expected_calibration_error, reliability_table
+from celltyper.report.coverage import coverage_table
 from celltyper.report.data import Metric, Reliability, Report, ReportImage, Table
 from celltyper.runs import CONFIG_FILE, HISTORY_FILE, RUN_FILE
 from celltyper.types import Prediction, Sample
@@ -45,24 +47,23 @@ def make_report(
     by_name = {p.name: p for p in predictions}
     worst = sorted(summary.images, key=lambda i: image_scores(i)["bpq"])[:SHOWN_IMAGES]
     colors = predictions[0].colors or dataset.colors or default_colors(summary.classes)
-    known = [i.true > 0 for i in summary.images]
-    confidence = np.concatenate(
-        [i.confidence[k] for i, k in zip(summary.images, known, strict=True)]
-    )
-    truth = np.concatenate([i.true[k] for i, k in zip(summary.images, known, strict=True)])
+    typed = summary.typed
+    selected = typed.by_coverage()
     facts = read_json(run / RUN_FILE) if run else {}
     return Report(
         title=f"celltyper evaluation: {dataset.name}",
         classes=summary.classes,
         colors=colors,
         notice=notice_of(dataset),
-        warnings=_warnings(summary),
+        warnings=[*_warnings(summary), *_far(predictions)],
         metrics=[_metric(name, summary.scores[name], rule) for name, rule in summary.rules.items()],
         interval=f"95 % interval, bootstrap over {summary.clusters}",
+        tables={"Names by coverage": coverage_table(selected)} if selected else {},
         per_class=_class_table(summary),
         confusion=summary.pairs,
         confusion_rule=f"Cells and annotated nuclei paired by centroid within {summary.radius}.",
-        reliability=_reliability(confidence, truth, summary.calibration_error),
+        reliability=_reliability(typed.calibrated, typed.truth),
+        uncalibrated=_reliability(typed.raw, typed.truth) if typed.calibration else None,
         history=_history(run / HISTORY_FILE) if run else {},
         images=[_report_image(dataset[i.name], by_name[i.name], i) for i in worst],
         worst_by="bPQ",
@@ -105,18 +106,16 @@ def _class_table(summary: Summary) -> Table:
     return Table(["class", *columns.values(), "annotated", "predicted"], rows)
 
 
-def _reliability(
-    confidence: NDArray[np.float32], truth: NDArray[np.intp], error: float
-) -> Reliability | None:
+def _reliability(probabilities: NDArray[np.float64], truth: NDArray[np.intp]) -> Reliability | None:
     if not len(truth):
         return None
-    table = reliability_table(confidence, truth)
+    table = reliability_table(probabilities, truth)
     return Reliability(
         table.confidence,
         table.accuracy,
         table.cells,
-        error,
-        "annotated nuclei, largest mean probability against being right",
+        expected_calibration_error(probabilities, truth),
+        "Cells found at an annotated nucleus, largest class probability against being right.",
     )
 
 
@@ -145,6 +144,17 @@ def _warnings(summary: Summary) -> list[str]:
             "images, not for other patients"
         )
     return found
+
+
+def _far(predictions: Sequence[Prediction]) -> list[str]:
+    """Images unlike those of training, in one line."""
+    far = [p.name for p in predictions if p.distance is not None and p.distance.is_far]
+    if not far:
+        return []
+    return [
+        f"{len(far)} of {len(predictions)} images are unlike the training images (median tile "
+        f"farther than 95 % of the validation tiles): {listing(far)}"
+    ]
 
 
 def _facts_text(facts: Mapping[str, Any], dataset: Dataset, card: str | None) -> dict[str, str]:

@@ -7,7 +7,7 @@ import io
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,21 @@ from celltyper.atomic import make_folder, write_json, write_text
 from celltyper.checkpoints import load_model, model_folders
 from celltyper.datasets import Dataset
 from celltyper.errors import DataError
-from celltyper.evaluation import Estimate, Summary, evaluate, score_image, summarise
+from celltyper.evaluation import (
+    Estimate,
+    Summary,
+    TypedCells,
+    evaluate,
+    score_image,
+    summarise,
+)
 from celltyper.inference import read_index, read_predictions
 from celltyper.labels import label_ids, mean_in_labels
 from celltyper.library.shelf import find_model, results_folder
+from celltyper.metrics.calibration import (
+    classwise_calibration_error,
+    expected_calibration_error,
+)
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.readers import open_dataset, open_parts
 from celltyper.report.html import write_report
@@ -178,7 +189,8 @@ def evaluate_predictions(
     facts: dict[str, Any] = {}
     if (Path(pred) / INDEX_FILE).is_file():
         facts = read_index(pred)
-        predictions = read_predictions(pred)
+        # cells without a name are scored by what they would be called
+        predictions = [replace(each, threshold=0.0) for each in read_predictions(pred)]
     else:
         foreign = open_dataset(pred)
         predictions = [_certain(sample, foreign.classes) for sample in foreign]
@@ -251,8 +263,30 @@ def metrics_json(summary: Summary, dataset: Dataset) -> dict[str, Any]:
             for name, row in summary.per_class.items()
         },
         "expected_calibration_error": _known(summary.calibration_error),
+        "calibration": _calibration_json(summary.typed),
         "confusion_reference_rule": summary.confusion.tolist(),
         "confusion_end_to_end": summary.pairs.tolist(),
+    }
+
+
+def _calibration_json(typed: TypedCells) -> dict[str, Any]:
+    """Errors of the class probabilities, and names by coverage."""
+    scaling = None if typed.calibration is None else typed.calibration.scaling
+    sets = {"before": typed.raw} | ({} if scaling is None else {"after": typed.calibrated})
+    return {
+        "cells": len(typed),
+        "scaling": None if scaling is None else asdict(scaling),
+        **{
+            name: {
+                "expected_calibration_error": _known(expected_calibration_error(p, typed.truth)),
+                "classwise_calibration_error": _known(classwise_calibration_error(p, typed.truth)),
+            }
+            for name, p in sets.items()
+        },
+        "by_coverage": [
+            {key: _known(value) for key, value in each._asdict().items()}
+            for each in typed.by_coverage()
+        ],
     }
 
 
@@ -281,7 +315,22 @@ def summary_text(summary: Summary) -> str:
             f"{_short(pq):>5}  {ref:>9.0f}  {found:>5.0f}"
         )
     lines.append(f"intervals: bootstrap over {summary.clusters}")
+    lines += _calibration_text(summary.typed)
     return "\n".join(lines)
+
+
+def _calibration_text(typed: TypedCells) -> list[str]:
+    if typed.calibration is None or not len(typed):
+        return []
+    before, after = (
+        expected_calibration_error(p, typed.truth) for p in (typed.raw, typed.calibrated)
+    )
+    (named,) = typed.by_coverage((0.9,))
+    how = typed.calibration.scaling.text
+    return [
+        f"calibration: {how}, error {before:.3f} before, {after:.3f} after",
+        f"--abstain 0.9: {named.coverage:.0%} of these have a name, {_short(named.accuracy)} right",
+    ]
 
 
 def _same_classes(classes: Sequence[str], dataset: Dataset) -> None:

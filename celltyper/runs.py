@@ -205,6 +205,7 @@ def run_facts(
         "seed": config.seed,
         "classes": list(model.classes),
         "mpp": model.mpp,
+        "calibration": None if model.calibration is None else model.calibration.facts(),
         "steps": state.step,
         "best_step": state.best_step,
         "best": {config.train.metric: state.best if math.isfinite(state.best) else None},

@@ -165,6 +165,7 @@ def train(
     state.finished = True
     if accelerator.is_main_process:
         loop.save(output, state, improved=False)
+        loop.calibrate(parts.train, parts.val, output)
         data = {"train": parts.train, "val": parts.val, **parts.others}
         facts = run_facts(config, model, state, {k: part for k, part in data.items() if len(part)})
         write_json(output / RUN_FILE, facts | {"trainability": asdict(trainability)})

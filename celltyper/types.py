@@ -14,6 +14,8 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from celltyper.calibration import Calibration, class_probabilities
+from celltyper.domain import Distance
 from celltyper.errors import DataError
 
 Image = NDArray[np.uint8]
@@ -186,6 +188,12 @@ class Prediction:
         Name of the image.
     colors : tuple of str
         ``#rrggbb`` per phenotype; empty if the model has none of its own.
+    calibration : Calibration or None
+        By which mean softmax becomes `class_probabilities`; None takes it as it is.
+    threshold : float
+        Cells whose largest class probability is below have no phenotype.
+    distance : Distance or None
+        How far the image is from those that the model was trained on; None if that is not known.
     """
 
     labels: Labels
@@ -195,16 +203,28 @@ class Prediction:
     mpp: float | None = None
     name: str = ""
     colors: tuple[str, ...] = field(default=())
+    calibration: Calibration | None = None
+    threshold: float = 0.0
+    distance: Distance | None = None
+
+    @property
+    def class_probabilities(self) -> NDArray[np.float64]:
+        """Probability of each phenotype given that there is a cell, (n, K), rows sum to 1."""
+        scaling = None if self.calibration is None else self.calibration.scaling
+        return class_probabilities(self.cell_probabilities, scaling)
 
     @property
     def phenotypes(self) -> NDArray[np.uint8]:
-        """Most probable foreground class (1..K) of every cell, as lookup table over labels."""
-        best = 1 + self.cell_probabilities[:, 1:].argmax(axis=1) if len(self) else []
-        return np.concatenate([[0], best]).astype(np.uint8)
+        """Most probable class (1..K) of every cell, 0 below the threshold; over labels."""
+        if not len(self):
+            return np.zeros(1, np.uint8)
+        found = self.class_probabilities
+        named = found.max(axis=1) >= self.threshold
+        return np.concatenate([[0], (1 + found.argmax(axis=1)) * named]).astype(np.uint8)
 
     @property
     def phenotype_map(self) -> NDArray[np.uint8]:
-        """Phenotype (1..K) of the cell at every pixel, (H, W) uint8, 0 outside cells."""
+        """Phenotype (1..K) of the cell at every pixel, (H, W) uint8, 0 where there is none."""
         return self.phenotypes[self.labels]
 
     def __len__(self) -> int:

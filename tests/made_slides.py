@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from celltyper.calibration import Calibration
+from celltyper.domain import Domain
 from celltyper.instances import HV
 from celltyper.models import PHENOTYPE
 from celltyper.slides import Slide
@@ -107,6 +109,8 @@ class PixelModel(nn.Module):
         self.classes, self.colors = CLASSES, ("#cc2222", "#22aa22")
         self.mpp: float | None = 0.25
         self.tile, self.overlap, self.batch_size, self.symmetries = tile, overlap, 4, 1
+        self.calibration: Calibration | None = None
+        self.domain: Domain | None = None
         self.seen = 0
 
     @property

@@ -144,7 +144,12 @@ def test_train_from_a_file_with_overrides(
     words = ("train", recipe, "-o", run, "--device", "cpu", "--set", "train.lr=0.01")
     code, out, err = celltyper_command(*words, "--set", "seed=7")
     assert (code, out) == (0, f"run: {run}\n")
-    assert [line.split("  ")[0] for line in err.splitlines()] == ["step 2/4", "step 4/4"]
+    assert [line.split("  ")[0] for line in err.splitlines()] == [
+        "step 2/4",
+        "step 4/4",
+        "class probabilities are not calibrated: 12 validation cells are annotated, and "
+        "calibration.min_cases is 100",
+    ]
     written = load_config(run / "config.yaml")
     assert (written.train.lr, written.seed) == (0.01, 7)
     assert written.train.batch_size == load_config(recipe).train.batch_size

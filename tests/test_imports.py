@@ -28,6 +28,7 @@ LAYERS = [
     {"instances", "cells", "metrics", "losses", "transforms", "symmetries"},
     {"labels", "tiling", "atomic", "cache"},
     {"types"},
+    {"calibration", "domain"},
     {"errors"},
 ]
 """From the command line down; a part imports only from below, or from inside its own package."""

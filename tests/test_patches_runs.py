@@ -17,10 +17,13 @@ from skimage.draw import disk
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torchmetrics.classification import BinaryCalibrationError
 
 from celltyper.checkpoints import load_model, read_tensors, save_model, write_tensors
 from celltyper.classification.config import PatchConfig
 from celltyper.classification.embedding import Embedder, embed_table
+from celltyper.classification.evaluating import evaluate_patches
+from celltyper.classification.inference import infer_patches
 from celltyper.classification.model import load_patch_model
 from celltyper.classification.training import train_patches
 from celltyper.config import Config, load_config, parse_config
@@ -307,6 +310,83 @@ def test_threshold_is_the_best_of_the_validation_windows(run: Path, made: Made) 
     # it is not that of the training windows, and not one half
     assert 0 < best < 1
     assert abs(facts["threshold"] - 0.5) > 1e-3
+
+
+def test_probabilities_are_scaled_by_the_validation_windows(
+    train: Callable[..., Path], run: Path, made: Made, tmp_path: Path
+) -> None:
+    plain = run
+    run = train("data.val_fraction=0.34", "seed=3", "calibration.min_cases=20")
+    facts, table = facts_of(run), open_patches(made.root)
+    rows = rows_named(table, facts["data"]["val"]["names"])
+    model = load_patch_model(run)
+    view = model.how(symmetries=None, progress=False)
+    raw = model.predictor.probabilities(table.take(rows), **view)
+    # of two classes the temperature is that of a regression on the difference of logarithms
+    logs = np.log(raw)
+    regression = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
+    regression.fit(logs[:, 1:] - logs[:, :1], table.labels[rows])
+    weight = float(regression.coef_[0, 0])
+    assert facts["calibration"]["scaling"]["weight"] == pytest.approx([weight] * 2, rel=1e-3)
+    assert facts["calibration"]["cases"] == len(rows)
+    odds = (raw[:, 0] / raw[:, 1]) ** weight
+    found = model.probabilities(table.take(rows), progress=False)
+    np.testing.assert_allclose(found[:, 0], odds / (1 + odds), atol=1e-4)
+    # the threshold is one of these probabilities
+    truth = table.labels[rows] == 0
+
+    def score(threshold: float) -> float:
+        return float(metrics.balanced_accuracy_score(truth, found[:, 0] >= threshold))
+
+    assert score(facts["threshold"]) == pytest.approx(max(map(score, found[:, 0])))
+
+    done = evaluate_patches(
+        run, made.root, tmp_path / "eval", split="val", resamples=0, device="cpu", progress=False
+    )
+    said = json.loads((done.folder / "metrics.json").read_text())
+    error = BinaryCalibrationError(n_bins=15)
+    for name, own in (("before", raw), ("after", found)):
+        wanted = float(error(torch.from_numpy(own[:, 0]), torch.from_numpy(truth)))
+        assert said["expected_calibration_error"][name] == pytest.approx(wanted, abs=1e-6)
+    after = said["expected_calibration_error"]["after"]
+    assert said["scores"]["ece"]["value"] == pytest.approx(after)
+    # as many validation windows have a name as was asked for, and ties
+    top, right = found.max(axis=1), (found[:, 0] >= facts["threshold"]) == truth
+    for each in said["by_coverage"]:
+        least = np.sort(top)[::-1][int(np.ceil(round(each["wanted"] * len(top), 6))) - 1]
+        assert each["threshold"] == pytest.approx(least)
+        assert each["coverage"] == np.mean(top >= least)
+        assert each["accuracy"] == pytest.approx(np.mean(right[top >= least]))
+
+    options = {"overwrite": True, "device": "cpu", "progress": False}
+    typed = infer_patches([made.root], run, tmp_path / "out", abstain=0.7, **options)
+    with (typed.folder / "patches.csv").open(encoding="utf-8") as stream:
+        lines = list(csv.DictReader(stream))
+    unsure = [max(float(row["p_Atypical"]), float(row["p_Normal"])) for row in lines]
+    least = facts["calibration"]["thresholds"]["70"]
+    assert [row["type"] == "unknown" for row in lines] == [p < least for p in unsure]
+    assert 0 < typed.counts["unknown"] < len(lines)
+    with pytest.raises(ConfigError, match="abstain: a model knows no thresholds"):
+        infer_patches([made.root], plain, tmp_path / "no", abstain=0.7, **options)
+
+    page = (done.folder / "report.html").read_text()
+    assert "Names by coverage" in page
+    assert page.count("before calibration") == page.count("after calibration") > 0
+
+
+def test_vector_scaling_makes_mean_probabilities_the_frequencies(
+    train: Callable[..., Path], made: Made
+) -> None:
+    options = ("data.val_fraction=0.34", "calibration.min_cases=20", "calibration.method=vector")
+    run = train(*options)
+    facts, table = facts_of(run), open_patches(made.root)
+    assert facts["calibration"]["scaling"]["method"] == "vector"
+    rows = rows_named(table, facts["data"]["val"]["names"])
+    found = load_patch_model(run).probabilities(table.take(rows), progress=False)
+    often = np.bincount(table.labels[rows]) / len(rows)
+    # but for the prior: the likelihood is stationary in the biases
+    wanted = often - np.array(facts["calibration"]["scaling"]["bias"]) / len(rows)
+    np.testing.assert_allclose(found.mean(axis=0), wanted, atol=1e-4)
 
 
 def test_threshold_is_one_half_without_validation(train: Callable[..., Path], made: Made) -> None:

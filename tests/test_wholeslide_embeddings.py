@@ -28,6 +28,7 @@ from celltyper.cells.table import (
     read_cells,
     write_parquet,
 )
+from celltyper.domain import Domain
 from celltyper.encoders import load_encoder
 from celltyper.encoders.adapt import freeze
 from celltyper.errors import ConfigError, DataError
@@ -128,6 +129,23 @@ def by_hand(table: pa.Table, pixels: np.ndarray, stride: int, scale: float = 1) 
             ]
         )
     return np.array(found)
+
+
+def test_distance_of_a_slide_is_the_median_of_its_tiles(slide: Slide, tmp_path: Path) -> None:
+    model = SeeingModel(MeanColor())
+    # the distance of a tile is then the length of its mean color
+    plain = np.eye(3, dtype=np.float32)
+    axes = plain.astype(np.float16)
+    model.domain = Domain(np.zeros(3, np.float32), axes, plain, 0.5, 100, "validation")
+    run(slide, tmp_path, model, embeddings=False)
+    pixels, tiles = pixels_of(slide), [(row, col) for row in range(4) for col in range(6)]
+    assert model.encoder.seen == len(tiles)
+    wanted = [np.linalg.norm(tile_at(pixels, *at).mean(axis=(0, 1))) for at in tiles]
+    facts = json.loads((tmp_path / "slide.json").read_text())
+    assert facts["domain"] == {"value": pytest.approx(np.median(wanted), abs=2e-3), "quantile": 0.5}
+    (warning,) = facts["warnings"]
+    assert warning.startswith("Unlike the training images: distance 1.")
+    assert warning in (tmp_path / "report.html").read_text()
 
 
 def pixels_of(slide: Slide, mpp: float = 0.25) -> np.ndarray:

@@ -11,6 +11,8 @@ from celltyper.errors import ConfigError
 # Okabe & Ito, Color Universal Design (2008), without black, which H&E and outlines hide.
 _RED, _BLUE, _GREEN, _YELLOW = "#d55e00", "#0072b2", "#009e73", "#f0e442"
 _PURPLE, _SKY, _ORANGE, _GREY = "#cc79a7", "#56b4e9", "#e69f00", "#999999"
+UNTYPED = "#9a9a9a"
+"""Color of cells without a class."""
 _PALETTE = (_RED, _BLUE, _GREEN, _ORANGE, _PURPLE, _SKY, _YELLOW)
 
 # First match wins, so that "non-neoplastic" is not read as "neoplastic".

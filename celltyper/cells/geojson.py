@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from celltyper.atomic import atomic_path
 from celltyper.cells.colors import rgb
 from celltyper.cells.stream import alike
-from celltyper.cells.table import classes_of, colors_of
+from celltyper.cells.table import colors_of, names_of
 from celltyper.cells.wkb import bytes_of, get_head, get_ring
 from celltyper.errors import DataError
 
@@ -99,10 +99,10 @@ def features(
     iterator of memoryview
         UTF-8 text of several thousand cells at a time; errors as in `write_geojson`.
     """
-    classes = classes_of(table)
+    called = names_of(table)
     kinds = [
         _json({"name": name, "color": rgb(color)})
-        for name, color in zip(classes, colors_of(table, colors), strict=True)
+        for name, color in zip(called, colors_of(table, colors), strict=True)
     ]
     names = [
         f.name
@@ -119,7 +119,7 @@ def features(
         if n == 0:
             continue
         phenotype = batch["phenotype"]
-        order = np.array([classes.index(c) for c in phenotype.dictionary.to_pylist()], np.int64)
+        order = np.array([called.index(c) for c in phenotype.dictionary.to_pylist()], np.int64)
         values = np.full((len(names), n), np.nan)
         for i, name in enumerate(names):
             values[i] = batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False)

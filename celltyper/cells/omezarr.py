@@ -17,7 +17,7 @@ from zarr.codecs import ZstdCodec
 
 from celltyper.cells.colors import rgb
 from celltyper.cells.stream import iter_cells
-from celltyper.cells.table import classes_of, colors_of, mpp_of
+from celltyper.cells.table import colors_of, mpp_of, names_of
 from celltyper.cells.wkb import bytes_of, get_head, get_ring
 from celltyper.errors import DataError
 from celltyper.types import Image, Labels
@@ -79,7 +79,7 @@ def write_ome_zarr(
     levels = paint_pyramids(labels, cells, height, width, progress)
     labels.attrs["ome"] = {"version": "0.5", "labels": [CELLS, PHENOTYPES]}
     colors = [(0, 0, 0, 0), *((*rgb(color), 255) for color in colors_of(head))]
-    names = ["background", *classes_of(head)]
+    names = ["background", *names_of(head)]
     shown: dict[str, dict[str, Any]] = {
         CELLS: {},
         PHENOTYPES: {
@@ -244,7 +244,7 @@ class _Table:
             boxes.append(_boxes(*outlines))
             ids.append(table["cell_id"].to_numpy())
             phenotype = table["phenotype"].combine_chunks()
-            order = [classes_of(table).index(n) + 1 for n in phenotype.dictionary.to_pylist()]
+            order = [names_of(table).index(n) + 1 for n in phenotype.dictionary.to_pylist()]
             kinds.append(np.array(order, np.uint8)[phenotype.indices.to_numpy()])
         self._ids, self._boxes = np.concatenate(ids), np.concatenate(boxes)
         self.phenotypes = np.zeros(int(self._ids.max(initial=0)) + 1, np.uint8)

@@ -22,6 +22,7 @@ from celltyper.cells.table import (
     colors_of,
     embeddings_of,
     mpp_of,
+    names_of,
 )
 
 _TABLE = "table"
@@ -73,7 +74,7 @@ def to_anndata(cells: Mapping[str, str | Path], facts: Mapping[str, Any] | None 
         table = table.drop_columns(EMBEDDING)
     frame = table.drop_columns([*of_class, "phenotype"]).to_pandas()
     frame.insert(0, "image", pd.Categorical.from_codes(np.repeat(range(len(cells)), sizes), cells))
-    phenotype = pd.Categorical(table["phenotype"].to_pandas(), categories=classes)
+    phenotype = pd.Categorical(table["phenotype"].to_pandas(), categories=names_of(table))
     frame.insert(2, "phenotype", phenotype)
     frame.index = frame["image"].astype(str) + "-" + frame["cell_id"].astype(str)
     frame.index.name = None

@@ -20,10 +20,10 @@ from celltyper.cells.table import (
     EMBEDDING,
     check_alike,
     check_columns,
-    classes_of,
     group_rows,
     joint_metadata,
     metadata_of,
+    names_of,
     parquet_options,
 )
 from celltyper.errors import DataError, unknown_name
@@ -110,7 +110,7 @@ class CellsWriter:
                 # Parts may have dictionaries of their own, with values that no row here has.
                 names = group[field.name].cast(pa.string())
                 if field.name == "phenotype":
-                    known = pa.array(classes_of(group), pa.string())
+                    known = pa.array(names_of(group), pa.string())
                     index = pc.index_in(names, known).combine_chunks().cast(field.type.index_type)
                     coded = pa.DictionaryArray.from_arrays(index, known)
                 else:

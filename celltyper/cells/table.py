@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from celltyper.atomic import atomic_path
-from celltyper.cells.colors import default_colors
+from celltyper.calibration import ABSTAINED
+from celltyper.cells.colors import UNTYPED, default_colors
 from celltyper.cells.morphology import Morphology, pixel_size
 from celltyper.cells.outlines import Outlines, Place, outlines
 from celltyper.cells.wkb import extent, to_wkb
@@ -64,10 +65,11 @@ def cells_table(
     -------
     pyarrow.Table
         ``cell_id`` is the label, ``x, y`` the centroid in pixels (the centre of pixel [0, 0] is
-        (0.5, 0.5)), ``phenotype`` the most probable foreground class, ``probability`` its mean
-        softmax inside the cell (not renormalised without background). Without cells, zero rows
-        and the same columns. The schema's metadata has ``geo`` (GeoParquet 1.1) and
-        ``celltyper`` (classes, colors, mpp of the coordinates: one number, or x and y).
+        (0.5, 0.5)), ``phenotype`` the most probable foreground class, or "unknown" below the
+        prediction's threshold, ``probability`` how probable that class is given that there is a
+        cell. Without cells, zero rows and the same columns. The schema's metadata has ``geo``
+        (GeoParquet 1.1) and ``celltyper`` (classes, colors, threshold, mpp of the coordinates: one
+        number, or x and y).
 
     Raises
     ------
@@ -101,7 +103,10 @@ def cells_table(
         )
     found = outlines(prediction.labels) if found is None else found
     centers = _centers(prediction.labels, boxes, place)
-    phenotypes = prediction.phenotypes[1:]
+    of_class = prediction.class_probabilities
+    if prediction.calibration is not None:
+        whole = 1 - probabilities[:, :1]
+        probabilities = np.hstack([probabilities[:, :1], (whole * of_class).astype(np.float32)])
     unknown = np.full(n, pixel is None)
     width, height = pixel or (0.0, 0.0)
     area_px = np.rint(boxes.area * (place.scale_x * place.scale_y)).astype(np.int64)
@@ -112,8 +117,8 @@ def cells_table(
         ("y", pa.array(centers[:, 0], pa.float64())),
         ("area_um2", pa.array(boxes.area * (width * height), pa.float64(), mask=unknown)),
         ("area_px", pa.array(area_px)),
-        ("phenotype", _phenotype_column(phenotypes.astype(np.int16), classes)),
-        ("probability", pa.array(probabilities[np.arange(n), phenotypes], pa.float32())),
+        ("phenotype", _phenotype_column(prediction)),
+        ("probability", pa.array(of_class.max(axis=1, initial=0), pa.float32())),
     ]
     if measured is not None:
         # Lengths are NaN where the mpp is unknown; from_pandas makes them null.
@@ -129,6 +134,8 @@ def cells_table(
     if twice:
         raise DataError(f"two columns named {', '.join(twice)}: rename one of the classes")
     facts = {"classes": classes, "colors": prediction.colors, "mpp": _on_slide(pixel, place)}
+    if prediction.threshold:
+        facts["threshold"] = prediction.threshold
     table = pa.table(dict(columns), metadata={"celltyper": json.dumps(facts)})
     return table.replace_schema_metadata(metadata_of(table))
 
@@ -203,8 +210,8 @@ def check_alike(first: pa.Table, other: pa.Table) -> None:
     if not other.schema.equals(first.schema):
         differ = sorted({f.name for f in set(first.schema) ^ set(other.schema)}) or ["their order"]
         what = f"columns ({', '.join(differ)})"
-    elif classes_of(other) != classes_of(first):
-        what = f"classes ({', '.join(classes_of(first))}; {', '.join(classes_of(other))})"
+    elif names_of(other) != names_of(first):
+        what = f"classes ({', '.join(names_of(first))}; {', '.join(names_of(other))})"
     else:
         return
     raise DataError(f"cell tables with different {what} cannot be stacked")
@@ -259,8 +266,14 @@ def classes_of(table: pa.Table) -> tuple[str, ...]:
     return tuple(_facts(table)["classes"])
 
 
+def names_of(table: pa.Table) -> tuple[str, ...]:
+    """What a cell of a table may be called: its classes and, with a threshold, "unknown"."""
+    own = classes_of(table)
+    return (*own, ABSTAINED) if _facts(table).get("threshold") else own
+
+
 def colors_of(table: pa.Table, overrides: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """Colors ``#rrggbb`` of the phenotypes of a cell table, in the order of the class ids.
+    """Colors ``#rrggbb`` of the phenotypes of a cell table, in the order of `names_of`.
 
     Parameters
     ----------
@@ -276,7 +289,8 @@ def colors_of(table: pa.Table, overrides: Mapping[str, str] | None = None) -> tu
     """
     classes = classes_of(table)
     own = dict(zip(classes, _facts(table)["colors"], strict=False))
-    return default_colors(classes, {**own, **(overrides or {})})
+    found = default_colors(classes, {**own, **(overrides or {})})
+    return (*found, UNTYPED) if len(names_of(table)) > len(classes) else found
 
 
 def mpp_of(table: pa.Table) -> tuple[float, float] | None:
@@ -370,8 +384,11 @@ def _same(text: str, n: int) -> pa.Array:
     return pa.DictionaryArray.from_arrays(np.zeros(n, np.int32), pa.array([text], pa.string()))
 
 
-def _phenotype_column(phenotypes: Any, classes: Sequence[str]) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(phenotypes - 1, pa.array(classes, pa.string()))
+def _phenotype_column(prediction: Prediction) -> pa.Array:
+    names = [*prediction.classes, *([ABSTAINED] if prediction.threshold else [])]
+    index = prediction.phenotypes[1:].astype(np.int16) - 1
+    # the last of the names is that of cells without a class
+    return pa.DictionaryArray.from_arrays(index % len(names), pa.array(names, pa.string()))
 
 
 def _facts(table: pa.Table) -> Mapping[str, Any]:

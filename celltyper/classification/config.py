@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from celltyper.config import Augment, Encoder, Section
+from celltyper.config import Augment, Calibrate, Encoder, Section
 
 Text = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 
@@ -112,6 +112,7 @@ class PatchConfig(Section):
     loss: PatchLoss = PatchLoss()
     augment: Augment = Augment()
     train: PatchTrain = PatchTrain()
+    calibration: Calibrate = Calibrate()
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> PatchConfig:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from celltyper.calibration import ABSTAINED
 from celltyper.checkpoints import model_folders
 from celltyper.classification.model import PatchModel, load_patch_models
 from celltyper.errors import ConfigError, DataError
@@ -42,6 +43,54 @@ def mean_threshold(models: Sequence[PatchModel]) -> float:
     return float(np.mean([model.threshold for model in models]))
 
 
+def thresholds_of(
+    models: Sequence[PatchModel], shares: Sequence[float]
+) -> dict[float, float] | None:
+    """Probability that a window needs for a name, as an ensemble the mean of its models'.
+
+    Parameters
+    ----------
+    models : sequence of PatchModel
+    shares : sequence of float
+        Of the validation windows that keep a name.
+
+    Returns
+    -------
+    dict of float to float, or None
+        By share; None if one of the models is not calibrated.
+
+    Raises
+    ------
+    ConfigError
+        If there is no threshold for a share.
+    """
+    known = [model.calibration for model in models if model.calibration is not None]
+    if len(known) < len(models):
+        return None
+    return {share: float(np.mean([c.threshold(share) for c in known])) for share in shares}
+
+
+def least_probability(models: Sequence[PatchModel], abstain: float | None) -> float:
+    """Probability below which a window is "unknown"; 0 if every window has a name.
+
+    Raises
+    ------
+    ConfigError
+        If a model knows no threshold for it, or has a class called "unknown" of its own.
+    """
+    if abstain is None:
+        return 0.0
+    found = thresholds_of(models, [abstain])
+    if found is None:
+        raise ConfigError(
+            "abstain: a model knows no thresholds, which are found on validation windows at the "
+            "end of training (docs/calibration.md); leave --abstain out, or take a calibrated run"
+        )
+    if ABSTAINED in models[0].classes:
+        raise ConfigError(f"abstain: the model has a class called {ABSTAINED!r} of its own")
+    return found[abstain]
+
+
 def count_padded(model: PatchModel, table: PatchTable) -> int:
     """Count windows that reach over the border of their image, and say so in a warning."""
     over = int(padded(table, size=model.size, mpp=model.mpp).sum())
@@ -67,6 +116,10 @@ def model_facts(
         "positive": first.classes[first.positive],
         "threshold": mean_threshold(models),
         "thresholds": [model.threshold for model in models],
+        "scalings": [
+            None if model.calibration is None else model.calibration.scaling.text
+            for model in models
+        ],
         "size": first.size,
         "mpp": first.mpp,
         "symmetries": symmetries or first.config.view.symmetries,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from celltyper.atomic import make_folder, write_json
@@ -24,6 +25,7 @@ from celltyper.classification.ensemble import (
     load_models,
     mean_threshold,
     model_facts,
+    thresholds_of,
 )
 from celltyper.classification.evaluation import (
     PatchEvaluation,
@@ -40,9 +42,11 @@ from celltyper.classification.seen import find_seen, training_part
 from celltyper.classification.typed import typed_table, write_table
 from celltyper.config import dump_config, one_line
 from celltyper.errors import DataError
+from celltyper.evaluation import COVERAGES, Selected, select
 from celltyper.library.shelf import find_model, results_folder
 from celltyper.metrics.bootstrap import PairedDifference
 from celltyper.metrics.comparison import ScoredPatches, paired_difference
+from celltyper.metrics.confusion import call_classes
 from celltyper.parts import read_splits
 from celltyper.patches.checking import readable
 from celltyper.patches.reading import open_patches
@@ -144,7 +148,10 @@ def evaluate_patches(
     table = _with_mpp_of_training(kept.table, data, first)
     check_resolution_known(first, table)
     over = count_padded(first, table)
-    shares = ensemble_probabilities(models, table, symmetries=symmetries, progress=progress)
+    raw = ensemble_probabilities(
+        models, table, symmetries=symmetries, progress=progress, calibrated=False
+    )
+    shares = np.stack([m.calibrated(own) for m, own in zip(models, raw, strict=True)])
     threshold = mean_threshold(models)
     facts = {
         **model_facts(run, models, symmetries),
@@ -167,6 +174,8 @@ def evaluate_patches(
         folder=folder,
         table=table,
         shares=shares,
+        by_coverage=_by_coverage(models, *of_all),
+        uncalibrated=None if all(m.calibration is None for m in models) else raw.mean(axis=0),
         scores=score_windows(*of_all, resamples=resamples),
         domains=score_domains(*of_all, resamples=resamples),
         singles=score_singles(table, shares, first.positive, facts["thresholds"]),
@@ -178,6 +187,21 @@ def evaluate_patches(
         found = replace(found, differences=_differences(found, other, resamples))
     _write(found)
     return found
+
+
+def _by_coverage(
+    models: Sequence[PatchModel],
+    table: PatchTable,
+    probabilities: NDArray[np.float64],
+    positive: int,
+    threshold: float,
+) -> list[Selected]:
+    """How often names are right where unsure windows are left without one."""
+    thresholds = thresholds_of(models, COVERAGES)
+    if thresholds is None:
+        return []
+    right = call_classes(probabilities, positive, threshold) == table.labels
+    return select(probabilities.max(axis=1), right, thresholds)
 
 
 def _open(

@@ -12,8 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celltyper import __version__
+from celltyper.evaluation import Selected
 from celltyper.metrics.bootstrap import PairedDifference
+from celltyper.metrics.calibration import calibration_gap
 from celltyper.metrics.classification import PatchScores, Score, score_patches
+from celltyper.metrics.scoring import patch_reliability
 from celltyper.patches.table import PatchTable
 
 Values = NDArray[np.float64]
@@ -53,6 +56,10 @@ class PatchEvaluation:
         The resolved config of the first model as YAML.
     differences : dict of str to PairedDifference
         Scores less those of another evaluation of the same windows; empty without one.
+    by_coverage : list of Selected
+        How many windows have a name with thresholds of validation, and how many are right.
+    uncalibrated : ndarray of float64, shape (n, K), or None
+        Mean of the models before their calibration; None if none is calibrated.
     """
 
     folder: Path
@@ -65,6 +72,8 @@ class PatchEvaluation:
     facts: Mapping[str, Any]
     config: str = ""
     differences: dict[str, PairedDifference] = field(default_factory=dict)
+    by_coverage: list[Selected] = field(default_factory=list)
+    uncalibrated: Values | None = None
 
     @property
     def mean(self) -> Values:
@@ -168,6 +177,11 @@ def metrics_json(found: PatchEvaluation) -> dict[str, Any]:
         "task": "patches",
         "celltyper": __version__,
         **found.facts,
+        "expected_calibration_error": _errors(found),
+        "by_coverage": [
+            {key: _known(value) for key, value in each._asdict().items()}
+            for each in found.by_coverage
+        ],
         "intervals": f"95 %, bootstrap over {scores.clusters} slides or patients",
         "scores": {
             name: _interval(score) | {"rule": scores.rules[name]}
@@ -192,6 +206,18 @@ def metrics_json(found: PatchEvaluation) -> dict[str, Any]:
             name: {key: _known(value) for key, value in difference._asdict().items()}
             for name, difference in found.differences.items()
         },
+    }
+
+
+def _errors(found: PatchEvaluation) -> dict[str, float | None]:
+    """Calibration error before and after calibration, as the rule of the score ``ece``."""
+    sets = {"after": found.mean}
+    if found.uncalibrated is not None:
+        sets = {"before": found.uncalibrated, **sets}
+    labels, positive = found.table.labels, found.scores.positive
+    return {
+        name: _known(calibration_gap(patch_reliability(labels, each, positive)))
+        for name, each in sets.items()
     }
 
 

@@ -24,6 +24,7 @@ from celltyper.classification.wording import threshold_text, warnings_of
 from celltyper.datasets.images import read_image
 from celltyper.metrics.classification import PatchScores
 from celltyper.patches.windows import read_header, read_patch
+from celltyper.report.coverage import coverage_table
 from celltyper.report.data import Cell, Metric, Table
 from celltyper.types import Image
 
@@ -48,10 +49,12 @@ def evaluation_page(found: PatchEvaluation) -> Page:
         tables["Single models and their ensemble"] = _models(found)
     if found.domains:
         tables["By domain"] = _domains(found.domains)
+    if found.by_coverage:
+        tables["Names by coverage"] = coverage_table(found.by_coverage, "patches")
     if found.differences:
         tables["Compared with the other evaluation"] = _differences(found)
     name = "ensemble" if found.singles else found.runs[0]
-    tested = {name: Tested(table.labels, found.mean, scores)}
+    tested = {name: Tested(table.labels, found.mean, scores, found.uncalibrated)}
     several = "ensemble of " if found.singles else ""
     card = facts["model_card"]
     return Page(

@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_json
+from celltyper.calibration import ABSTAINED
 from celltyper.classification.ensemble import (
     check_resolution_known,
     check_resolution_wanted,
     count_padded,
+    least_probability,
     load_models,
     mean_threshold,
     model_facts,
@@ -92,6 +94,7 @@ def infer_patches(
     batch_size: int | None = None,
     symmetries: int | None = None,
     skip_bad: bool = False,
+    abstain: float | None = None,
     overwrite: bool = False,
     encoder_weights: str | None = None,
     progress: bool = True,
@@ -122,6 +125,8 @@ def infer_patches(
         training.
     skip_bad : bool
         Go on without windows that cannot be read.
+    abstain : float or None
+        Leave windows "unknown" that are less sure than this share of the validation windows.
     overwrite : bool
         Replace earlier results in `output`.
     encoder_weights : str or None
@@ -149,6 +154,7 @@ def infer_patches(
     models = load_models(run, place, encoder_weights, batch_size)
     first = models[0]
     check_resolution_wanted(first, mpp, run)
+    least = least_probability(models, abstain)
     drawn: Points | None = None
     if points is not None:
         drawn = read_points(
@@ -177,9 +183,11 @@ def infer_patches(
         first.positive,
         threshold,
         {"cell_id": cells} if cells and None not in cells else None,
+        least,
     )
     counts = Counter(typed["type"].to_pylist())
-    found = {name: counts[name] for name in first.classes}
+    names = first.classes if abstain is None else (*first.classes, ABSTAINED)
+    found = {name: counts[name] for name in names}
     facts = {
         "task": "patches",
         "celltyper": __version__,
@@ -189,6 +197,7 @@ def infer_patches(
         "points": None if points is None else str(Path(points).absolute()),
         "patches": len(good.table),
         "types": found,
+        "unknown_below": least,
         "over_the_border": over,
         "failed": [{"name": p.image, "error": p.note} for p in good.bad],
         "seconds": round(time.monotonic() - started, 1),

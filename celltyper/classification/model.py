@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from celltyper import __version__
 from celltyper.cache import cache_folder
+from celltyper.calibration import Calibration, calibration_of
 from celltyper.checkpoints import (
     load_state,
     model_folders,
@@ -114,6 +115,8 @@ class PatchModel:
         Side of a window in pixels at `mpp`.
     mpp : float or None
         Micrometres per pixel, None if unknown.
+    calibration : Calibration or None
+        By which its probabilities are scaled, as fitted on validation windows.
     """
 
     predictor: Predictor
@@ -123,6 +126,7 @@ class PatchModel:
     threshold: float
     size: int
     mpp: float | None
+    calibration: Calibration | None = None
 
     def probabilities(
         self, table: PatchTable, *, symmetries: int | None = None, progress: bool = True
@@ -141,9 +145,17 @@ class PatchModel:
         -------
         ndarray of float64, shape (n, K)
         """
-        return self.predictor.probabilities(
-            table, **self.how(symmetries=symmetries, progress=progress)
+        return self.calibrated(
+            self.predictor.probabilities(
+                table, **self.how(symmetries=symmetries, progress=progress)
+            )
         )
+
+    def calibrated(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Probabilities (n, K) of its predictor, scaled if the model is calibrated."""
+        if self.calibration is None:
+            return probabilities
+        return self.calibration.scaling.apply(probabilities)
 
     def how(self, *, symmetries: int | None, progress: bool) -> dict[str, Any]:
         """Settings under which its predictor sees windows."""
@@ -163,6 +175,7 @@ def ensemble_probabilities(
     *,
     symmetries: int | None = None,
     progress: bool = True,
+    calibrated: bool = True,
 ) -> NDArray[np.float64]:
     """Class probabilities of windows by each of several models.
 
@@ -173,6 +186,8 @@ def ensemble_probabilities(
     table : PatchTable
     symmetries, progress
         As in `PatchModel.probabilities`.
+    calibrated : bool
+        Whether each model's probabilities are scaled by its own calibration.
 
     Returns
     -------
@@ -183,11 +198,18 @@ def ensemble_probabilities(
     first = probes[0]
     if isinstance(first, EmbeddingProbe) and all(p.embedder is first.embedder for p in probes):
         found = first.embed(table, **models[0].how(symmetries=symmetries, progress=progress))
-        own = [p.probe for p in probes if isinstance(p, EmbeddingProbe)]
-        return np.stack([mean_probabilities(probe, found) for probe in own])
-    return np.stack(
-        [model.probabilities(table, symmetries=symmetries, progress=progress) for model in models]
-    )
+        heads = [p.probe for p in probes if isinstance(p, EmbeddingProbe)]
+        each = [mean_probabilities(probe, found) for probe in heads]
+    else:
+        each = [
+            model.predictor.probabilities(
+                table, **model.how(symmetries=symmetries, progress=progress)
+            )
+            for model in models
+        ]
+    if calibrated:
+        each = [model.calibrated(own) for model, own in zip(models, each, strict=True)]
+    return np.stack(each)
 
 
 def mean_probabilities(probe: Probe, embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -240,6 +262,7 @@ def save_patch_model(folder: Path, model: PatchModel) -> None:
         "size": model.size,
         "mpp": model.mpp,
         "encoder_fingerprint": fingerprint(predictor.embedder.encoder),
+        "calibration": None if model.calibration is None else model.calibration.facts(),
     }
     if isinstance(predictor, PatchNetwork):
         write_tensors(folder / MODEL_FILE, trained_state(predictor), header)
@@ -372,4 +395,5 @@ def _made(
         threshold=float(header["threshold"]),
         size=int(header["size"]),
         mpp=header["mpp"],
+        calibration=calibration_of(header.get("calibration")),
     )

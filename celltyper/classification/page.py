@@ -29,6 +29,7 @@ from celltyper.classification.plots import (
     roc_chart,
 )
 from celltyper.errors import DataError
+from celltyper.metrics.calibration import calibration_gap
 from celltyper.metrics.classification import AGREEMENT, PatchScores, Score
 from celltyper.metrics.ranking import SPECIFICITY
 from celltyper.metrics.scoring import patch_reliability
@@ -70,6 +71,8 @@ class Tested(NamedTuple):
     """Shape (n, K)."""
     scores: PatchScores
     """Of these windows, with `PatchScores.strata` where there are votes."""
+    uncalibrated: NDArray[np.float64] | None = None
+    """Probabilities before calibration, shape (n, K), if there is one."""
 
 
 class Crossed(NamedTuple):
@@ -284,6 +287,12 @@ def _calibration(tested: Mapping[str, Tested]) -> Section:
         positive = one.scores.classes[one.scores.positive]
         table = patch_reliability(one.labels, one.probabilities, one.scores.positive)
         chart = reliability_chart(table, positive if two else "", one.scores.scores["ece"])
+        if one.uncalibrated is not None:
+            table = patch_reliability(one.labels, one.uncalibrated, one.scores.positive)
+            ece = Score(calibration_gap(table), math.nan, math.nan)
+            before = reliability_chart(table, positive if two else "", ece)
+            charts.append(before._replace(title=f"{before.title}, before calibration"))
+            chart = chart._replace(title=f"{chart.title}, after calibration")
         charts.append(chart if len(tested) == 1 else chart._replace(title=name))
     return Section("Calibration", charts=charts, note=_not_shown(tested))
 

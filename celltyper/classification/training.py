@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from celltyper import __version__
 from celltyper.atomic import write_json
 from celltyper.cache import cache_folder
+from celltyper.calibration import Calibration, coverage_thresholds, fit_scaling
 from celltyper.classification.config import PatchConfig, PatchLoss
 from celltyper.classification.embedding import Embedder, embed_table
 from celltyper.classification.finetuning import TrainingWindows, train_network
@@ -38,7 +39,9 @@ from celltyper.classification.preparing import (
 )
 from celltyper.errors import DataError
 from celltyper.losses import effective_class_weights
+from celltyper.metrics.calibration import calibration_gap
 from celltyper.metrics.ranking import choose_threshold
+from celltyper.metrics.scoring import patch_reliability
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_header
 from celltyper.predict import pick_device
@@ -324,8 +327,7 @@ def fit_run(
         size=data.size,
         mpp=config.data.mpp,
     )
-    if len(parts.val) and len(data.table.classes) == 2:
-        model = replace(model, threshold=_threshold(model, data, parts.val, progress=progress))
+    model = _validated(model, data, parts.val, progress=progress)
     save_patch_model(output, model)
     seconds = facts.get("seconds", {}) | {"fit": round(time.monotonic() - started, 1)}
     about = run_facts(config, data, parts, model) | own | dict(facts) | {"seconds": seconds}
@@ -339,19 +341,48 @@ def type_rows(
     """Class probabilities (m, K) of some windows, by a probe from the embeddings at hand."""
     predictor = model.predictor
     if isinstance(predictor, EmbeddingProbe) and data.embeddings is not None:
-        return mean_probabilities(predictor.probe, data.embeddings[rows])
+        return model.calibrated(mean_probabilities(predictor.probe, data.embeddings[rows]))
     return model.probabilities(data.table.take(rows), progress=progress)
 
 
-def _threshold(model: PatchModel, data: Embedded, rows: Rows, *, progress: bool) -> float:
-    truth = data.table.labels[rows]
-    if len(set((truth == data.positive).tolist())) < 2:
+def _validated(model: PatchModel, data: Embedded, rows: Rows, *, progress: bool) -> PatchModel:
+    """The model with its calibration and, of two classes, the threshold of its probabilities."""
+    settings, truth = model.config.calibration, data.table.labels[rows]
+    two = len(model.classes) == 2 and len(rows) > 0
+    if two and len(set((truth == data.positive).tolist())) < 2:
         raise DataError(
             f"{data.table.path}: the validation windows are all of one class, so no threshold "
             "can be chosen; raise data.val_fraction, or set it to 0"
         )
-    found = type_rows(model, data, rows, progress=progress)[:, data.positive]
-    return choose_threshold(truth, found, positive=data.positive)
+    enough = len(rows) >= settings.min_cases
+    if not enough and settings.method != "none":
+        logger.info(
+            "class probabilities are not calibrated: %d validation windows, and "
+            "calibration.min_cases is %d",
+            len(rows),
+            settings.min_cases,
+        )
+    calibrate = enough and settings.method != "none"
+    if not (two or calibrate):
+        return model
+    found = type_rows(model, data, rows, progress=progress)
+    if calibrate:
+        scaling = fit_scaling(found, truth, settings.method)
+        thresholds = coverage_thresholds(scaling.apply(found).max(axis=1))
+        model = replace(model, calibration=Calibration(scaling, len(rows), thresholds))
+        logger.info(
+            "class probabilities calibrated on %d windows: %s, error %.3f before, %.3f after",
+            len(rows),
+            scaling.text,
+            *(
+                calibration_gap(patch_reliability(truth, each, data.positive))
+                for each in (found, model.calibrated(found))
+            ),
+        )
+    if not two:
+        return model
+    positive = model.calibrated(found)[:, data.positive]
+    return replace(model, threshold=choose_threshold(truth, positive, positive=data.positive))
 
 
 def _fit(
@@ -414,6 +445,7 @@ def run_facts(
         "positive": model.classes[model.positive],
         "threshold": model.threshold,
         "threshold_from": "validation" if len(parts.val) else "one half",
+        "calibration": None if model.calibration is None else model.calibration.facts(),
         "size": model.size,
         "mpp": model.mpp,
         "encoder_passes": _encoder_passes(config, data),

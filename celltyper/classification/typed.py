@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from celltyper.atomic import atomic_path
-from celltyper.cells.colors import default_colors, rgb
+from celltyper.calibration import ABSTAINED
+from celltyper.cells.colors import UNTYPED, default_colors, rgb
 from celltyper.metrics.confusion import call_classes
 from celltyper.patches.table import PatchTable
 
@@ -28,6 +29,7 @@ def typed_table(
     positive: int,
     threshold: float,
     columns: Mapping[str, Sequence[Any]] | None = None,
+    least: float = 0.0,
 ) -> pa.Table:
     """One row per window: where it is, its class, and how sure that is.
 
@@ -43,6 +45,8 @@ def typed_table(
         Mean probability from which a window is called positive.
     columns : mapping of str to sequence, optional
         Put behind the place of the window.
+    least : float
+        Windows whose largest mean probability is below are "unknown".
 
     Returns
     -------
@@ -60,7 +64,10 @@ def typed_table(
     if np.isfinite(table.centers).any():
         found |= {"x": table.centers[:, 0], "y": table.centers[:, 1]}
     found |= columns or {}
-    found["type"] = [table.classes[k] for k in called]
+    named = mean.max(axis=1, initial=0) >= least
+    found["type"] = [
+        table.classes[k] if known else ABSTAINED for k, known in zip(called, named, strict=True)
+    ]
     found |= {f"p_{name}": mean[:, k] for k, name in enumerate(table.classes)}
     found["entropy_bits"] = entropy_bits(mean)
     if len(probabilities) > 1:
@@ -105,6 +112,7 @@ def write_typed_points(
         name: {"name": name, "color": rgb(color)}
         for name, color in zip(classes, default_colors(classes), strict=True)
     }
+    kinds.setdefault(ABSTAINED, {"name": ABSTAINED, "color": rgb(UNTYPED)})
     measured = [n for n in typed.column_names if n.startswith("p_")]
     measured += [n for n in ("entropy_bits", "deviation") if n in typed.column_names]
     rows = typed.select(["type", *measured]).to_pylist()

@@ -10,6 +10,7 @@ from celltyper.metrics.bootstrap import (
 )
 from celltyper.metrics.calibration import (
     ReliabilityTable,
+    classwise_calibration_error,
     expected_calibration_error,
     reliability_table,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "average_precision",
     "choose_threshold",
     "class_f1",
+    "classwise_calibration_error",
     "cluster_bootstrap",
     "confusion_matrix",
     "count_detections",

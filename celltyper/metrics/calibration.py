@@ -101,6 +101,48 @@ def expected_calibration_error(probabilities: ArrayLike, truth: ArrayLike, bins:
     ----------
     Naeini et al., 2015, doi:10.1609/aaai.v29i1.9602
     """
-    table = reliability_table(probabilities, truth, bins)
+    return calibration_gap(reliability_table(probabilities, truth, bins))
+
+
+def classwise_calibration_error(
+    probabilities: ArrayLike, truth: ArrayLike, bins: int = 15
+) -> float:
+    """Expected calibration error of every class's own probability, mean over the classes.
+
+    That of the largest probability does not see whether the others are right.
+
+    Parameters
+    ----------
+    probabilities : array_like, shape (n, C)
+    truth : array_like of int, shape (n,)
+        True class, a column of ``probabilities``.
+    bins : int
+        Number of bins on [0, 1].
+
+    Returns
+    -------
+    float
+        In [0, 1]; NaN without instances.
+
+    Raises
+    ------
+    DataError
+        If shapes do not fit or a probability is outside [0, 1].
+
+    References
+    ----------
+    Kull et al., 2019, doi:10.48550/arXiv.1910.12656
+    """
+    probabilities, truth = np.asarray(probabilities, np.float64), np.asarray(truth)
+    columns = range(probabilities.shape[-1])
+    # of a single column, 0 is right
+    gaps = [
+        calibration_gap(reliability_table(probabilities[:, [k]], truth != k, bins)) for k in columns
+    ]
+    return float(np.mean(gaps))
+
+
+def calibration_gap(table: ReliabilityTable) -> float:
+    """Expected calibration error of a reliability table, NaN without instances."""
     gap = np.abs(table.confidence - table.accuracy)
     return float(ratio(np.nansum(gap * table.cells), table.cells.sum()))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celltyper.atomic import atomic_path
+from celltyper.calibration import calibration_of
 from celltyper.errors import DataError
 from celltyper.evaluation import ImageScores
 from celltyper.metrics.matching import Matches
@@ -37,10 +38,12 @@ def write_scores(path: Path, images: Sequence[ImageScores], classes: Sequence[st
     classes : sequence of str
         The K phenotypes.
     """
+    known = images[0].calibration
     about = {
         "format": _FORMAT,
         "classes": list(classes),
         "images": [{key: getattr(image, key) for key in _PLAIN} for image in images],
+        "calibration": None if known is None else known.facts(),
     }
     arrays: dict[str, Any] = {}
     for name, parts in _columns(images).items():
@@ -81,8 +84,11 @@ def read_scores(path: Path) -> tuple[list[ImageScores], tuple[str, ...]]:
             for name, values in arrays.items()
             if not name.endswith(" lengths")
         }
+        # files of earlier versions know nothing of calibration
+        known = calibration_of(about.get("calibration"))
         images = [
-            ImageScores(**_image(plain, columns, i)) for i, plain in enumerate(about["images"])
+            ImageScores(**_image(plain, columns, i), calibration=known)
+            for i, plain in enumerate(about["images"])
         ]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, DataError):
@@ -93,6 +99,9 @@ def read_scores(path: Path) -> tuple[list[ImageScores], tuple[str, ...]]:
 
 def _columns(images: Sequence[ImageScores]) -> dict[str, list[NDArray[Any]]]:
     columns = {name: [getattr(image, name) for image in images] for name in _ARRAYS}
+    raw = [image.raw for image in images if image.raw is not None]
+    if len(raw) == len(images):
+        columns["raw"] = raw
     for name in _MATCHES:
         for field in Matches._fields:
             columns[f"{name} {field}"] = [getattr(getattr(i, name), field) for i in images]
@@ -101,7 +110,8 @@ def _columns(images: Sequence[ImageScores]) -> dict[str, list[NDArray[Any]]]:
 
 def _image(plain: dict[str, Any], columns: dict[str, Any], index: int) -> dict[str, Any]:
     """Fields of an image."""
-    fields = plain | {name: columns[name][index] for name in _ARRAYS}
+    kept = [*_ARRAYS, *(["raw"] if "raw" in columns else [])]
+    fields = plain | {name: columns[name][index] for name in kept}
     for name in _MATCHES:
         fields[name] = Matches(*(columns[f"{name} {field}"][index] for field in Matches._fields))
     return fields | {"unannotated": tuple(plain["unannotated"])}

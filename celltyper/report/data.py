@@ -146,6 +146,8 @@ class Report:
         Which cells were counted.
     reliability : Reliability, optional
         Calibration of the cells' probabilities.
+    uncalibrated : Reliability, optional
+        The same before they were calibrated.
     history : mapping of str to sequence of float
         Columns of ``history.csv``: ``step`` (or ``epoch``) and what was logged; None and NaN are
         steps without that value.
@@ -177,6 +179,7 @@ class Report:
     confusion: NDArray[np.generic] | None = None
     confusion_rule: str = ""
     reliability: Reliability | None = None
+    uncalibrated: Reliability | None = None
     history: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     images: Sequence[ReportImage] = ()
     worst_by: str = ""

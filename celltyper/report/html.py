@@ -14,10 +14,10 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from celltyper.atomic import write_text
+from celltyper.cells.colors import UNTYPED
 from celltyper.report.agreement import RULE
 from celltyper.report.data import Cell, Curves, Metric, Reliability, Report
 from celltyper.report.figures import make_figures
-from celltyper.report.overlay import UNTYPED
 from celltyper.report.plots import Points, line_chart, line_key, reliability_diagram
 
 DASH = "–"  # noqa: RUF001
@@ -89,7 +89,7 @@ def render(report: Report) -> str:
         confusion=None if report.confusion is None else confusion_rows(report.confusion),
         charts=learning_curves(report.history),
         curves=[] if report.curves is None else _curve_charts(report.curves),
-        diagram=None if report.reliability is None else reliability_diagram(report.reliability),
+        diagrams=_diagrams(report),
         bins=[] if report.reliability is None else _bins(report.reliability),
     )
 
@@ -229,6 +229,14 @@ def _chart(
     keys = [(line_key(i), name) for i, (name, _) in enumerate(shown)]
     note = f"Not drawn: {', '.join(rest)} (see {rest_in})." if rest else ""
     return Chart(title, line_chart(spoken, x_label, shown), keys, note)
+
+
+def _diagrams(report: Report) -> list[tuple[str, Reliability, Markup]]:
+    """Reliability before and after calibration, or alone."""
+    named = [("Before calibration", report.uncalibrated), ("After calibration", report.reliability)]
+    if report.uncalibrated is None:
+        named = [("", report.reliability)]
+    return [(name, one, reliability_diagram(one)) for name, one in named if one is not None]
 
 
 def _bins(table: Reliability) -> list[tuple[float | None, float | None, int]]:

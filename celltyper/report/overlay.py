@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 from PIL import ImageColor, ImageDraw, ImageFont
 
 from celltyper.atomic import atomic_path
+from celltyper.calibration import ABSTAINED
+from celltyper.cells.colors import UNTYPED
 from celltyper.errors import DataError
 from celltyper.labels import label_boxes, label_ids
 from celltyper.report.data import check_colors, check_labels
 from celltyper.types import Image, Labels
-
-UNTYPED = "#9a9a9a"
-"""Color of cells whose phenotype is 0."""
 
 SMALL_NUCLEUS = 24.0
 """Median diameter in pixels below which an outline would hide much of the nucleus."""
@@ -214,7 +213,7 @@ def save_overlay(
     counts = class_counts(labels, phenotypes, len(classes))
     names, paint = list(classes), list(colors)
     if counts[0]:
-        names, paint = [*names, "no class"], [*paint, UNTYPED]
+        names, paint = [*names, ABSTAINED], [*paint, UNTYPED]
     counts = np.concatenate([counts[1:], counts[:1] if counts[0] else counts[:0]])
     bar = None if mpp is None else mpp / scale
     strip = legend(names, paint, max(drawn.shape[1], 240), counts=counts.tolist(), mpp=bar)

@@ -13,6 +13,7 @@ import yaml
 from numpy.typing import NDArray
 
 from celltyper.atomic import write_text
+from celltyper.cells.colors import UNTYPED
 from celltyper.errors import DataError
 from celltyper.report.amounts import amount, duration, length, percent, ratio
 from celltyper.report.data import Report
@@ -30,7 +31,7 @@ from celltyper.report.density import (
 from celltyper.report.figures import jpeg_uri
 from celltyper.report.heat import classes_png, contour_path, faded, gradient, heat_png
 from celltyper.report.html import DASH, page_template
-from celltyper.report.overlay import UNTYPED, scale_bar
+from celltyper.report.overlay import scale_bar
 from celltyper.report.plots import ticks
 from celltyper.slides import Slide, TissueMask
 from celltyper.tiling import Region

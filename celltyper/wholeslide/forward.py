@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from celltyper.models import CellTyper
-from celltyper.predict import activated_maps, autocast
+from celltyper.predict import activated_maps, autocast, mean_of_tiles
 from celltyper.slides import Slide, read_ahead
 from celltyper.tiling import Region, Tile, mirror
 from celltyper.types import Image
@@ -34,6 +34,8 @@ class Forward(NamedTuple):
     """Quantised, each (C, height, width)."""
     features: NDArray[np.float16] | None
     """Last feature map of every tile, (tiles, C, h, w)."""
+    pooled: NDArray[np.float32] | None
+    """Its mean over the tile, (tiles, C)."""
 
 
 @torch.inference_mode()
@@ -52,6 +54,7 @@ def forward_tiles(
     stop: Event,
     progress: Callable[[int], None],
     encoder: nn.Module | None = None,
+    pool: bool = False,
 ) -> Forward:
     """Run the model over the tiles of a region.
 
@@ -79,6 +82,8 @@ def forward_tiles(
     encoder : nn.Module or None
         The model's own, if its last feature map is wanted, of the tiles as they are. It does not
         run once more for it.
+    pool : bool
+        Whether the mean of that map over every tile is wanted.
 
     Returns
     -------
@@ -96,6 +101,8 @@ def forward_tiles(
         for name, spec in model.maps.items()
     }
     features: NDArray[np.float16] | None = None
+    pooled: list[NDArray[np.float32]] = []
+    seeing = model.encoder if pool else encoder
     around, pixels = _pixels(slide, tiles, mpp, shape)
     with turn:
         for start in range(0, len(tiles), batch_size):
@@ -105,9 +112,11 @@ def forward_tiles(
             windows = np.stack([pixels[t.read.seen_from(around).slices] for t in part])
             batch = torch.from_numpy(windows).to(model.device).permute(0, 3, 1, 2).float() / 255
             with autocast(model.device, precision):
-                known = None if encoder is None else list(encoder(batch))
+                known = None if seeing is None else list(seeing(batch))
                 means = activated_maps(model, batch, symmetries, known)
-            if known is not None:
+            if known is not None and pool:
+                pooled.append(mean_of_tiles(known))
+            if known is not None and encoder is not None:
                 last = half_precision(known[-1])
                 if features is None:
                     features = np.empty((len(tiles), *last.shape[1:]), np.float16)
@@ -118,7 +127,7 @@ def forward_tiles(
                     here = write.seen_from(read)
                     out[name][:, *write.seen_from(region).slices] = kept[i][:, *here.slices]
             progress(len(part))
-    return Forward(out, features)
+    return Forward(out, features, np.concatenate(pooled) if pooled else None)
 
 
 def _pixels(

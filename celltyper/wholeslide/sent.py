@@ -111,8 +111,12 @@ def leave(key: str) -> None:
 
 
 def digest_of(model: CellTyper) -> str:
-    """SHA-256 of all weights, and of how maps become cells."""
+    """SHA-256 of all weights, and of how maps become cells and their probabilities."""
     what = [parameter_digest(model), repr(model.instances), model.classes, model.mpp]
+    if model.calibration is not None:
+        what.append(repr(model.calibration))
+    if model.domain is not None:
+        what.append(repr(model.domain.facts()))
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 

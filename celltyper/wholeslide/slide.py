@@ -18,11 +18,14 @@ from tqdm import tqdm
 
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_json
+from celltyper.calibration import ABSTAINED
+from celltyper.cells.colors import UNTYPED
 from celltyper.cells.geojson import write_geojson
 from celltyper.cells.stream import CellsWriter, iter_cells
+from celltyper.domain import Distance
 from celltyper.errors import ConfigError
 from celltyper.library.cards import card_line
-from celltyper.models import CellTyper, colors_of
+from celltyper.models import CellTyper, colors_of, threshold_of
 from celltyper.report.amounts import amount
 from celltyper.report.slide import write_slide_report
 from celltyper.slides import Slide, TissueMask
@@ -78,6 +81,7 @@ def infer_slide(
     precision: str = "fp32",
     keep_maps: bool = False,
     embeddings: bool = False,
+    abstain: float | None = None,
     overwrite: bool = False,
     progress: bool = True,
     pool: Pool | None = None,
@@ -111,6 +115,8 @@ def infer_slide(
         in 255ths; and the encoder's features, if there are embeddings.
     embeddings : bool
         Give every cell the column ``embedding``: the encoder's last feature map at its centroid.
+    abstain : float or None
+        See `celltyper.predict_image`: cells below the threshold are "unknown".
     overwrite : bool
         Start over where another model or other settings were at work before, or it is done.
     progress : bool
@@ -128,8 +134,9 @@ def infer_slide(
     Raises
     ------
     ConfigError
-        If the folder holds work on something else, or another process is at work in it; or an
-        embedding is wanted of an ensemble whose models have different encoders.
+        If the folder holds work on something else, or another process is at work in it; an
+        embedding is wanted of an ensemble whose models have different encoders; or the model knows
+        no threshold for `abstain`.
     DataError
         If the slide states no resolution and the model needs one, or cannot be read.
     RunError
@@ -143,6 +150,7 @@ def infer_slide(
     turns = symmetries or model.symmetries
     if embeddings:
         the_encoder(model)
+    threshold_of(model, abstain)
     identity = {
         "celltyper": __version__,
         "model": digest_of(model),
@@ -152,12 +160,13 @@ def infer_slide(
             "symmetries": turns,
             "precision": precision,
             "embeddings": embeddings,
+            "abstain": abstain,
             "keep_maps": keep_maps,
         },
     }
     worker = Worker(
         output / WORK_FOLDER, plan, slide, tissue, model, source, batch_size or model.batch_size,
-        turns, precision, embeddings,
+        turns, precision, embeddings, abstain,
     )  # fmt: skip
     if pool is not None and not pool.shared:
         Sent.of(worker)  # refuses what cannot be sent before anything is written
@@ -224,6 +233,7 @@ def check_begun(
     symmetries: int | None,
     precision: str,
     embeddings: bool = False,
+    abstain: float | None = None,
 ) -> None:
     """Refuse folders of slides with work of another model or with other settings, before any work.
 
@@ -242,6 +252,7 @@ def check_begun(
             "symmetries": symmetries or model.symmetries,
             "precision": precision,
             "embeddings": embeddings,
+            "abstain": abstain,
         },
     }
     for folder in begun:
@@ -321,9 +332,12 @@ def _finish(
     """Put the parts together, write what is made from them, and remove them."""
     model, slide, plan = worker.model, worker.slide, worker.plan
     assert model is not None
-    colors = colors_of(model)
+    names, colors = model.classes, colors_of(model)
+    if threshold_of(model, worker.abstain):
+        names, colors = (*names, ABSTAINED), (*colors, UNTYPED)
+    distance = None if model.domain is None else model.domain.of_image(worker.distances())
     before = float(_read(worker.folder / _CLOCK_FILE)["before"])
-    counts: Counter[str] = Counter(dict.fromkeys(model.classes, 0))
+    counts: Counter[str] = Counter(dict.fromkeys(names, 0))
     with CellsWriter(output / CELLS_FILE, renumber=True) as writer:
         writer.write(worker.no_cells())
         for block in plan.blocks:
@@ -334,7 +348,7 @@ def _finish(
     write_geojson(
         output / GEOJSON_FILE,
         iter_cells(output / CELLS_FILE, embeddings=False),
-        dict(zip(model.classes, colors, strict=True)),
+        dict(zip(model.classes, colors, strict=False)),
     )
     facts: dict[str, Any] = {
         "celltyper": __version__,
@@ -350,7 +364,7 @@ def _finish(
         "model": None if worker.source is None else worker.source.run,
         "model_card": None if worker.source is None else card_line(Path(worker.source.run)),
         "model_mpp": model.mpp,
-        "classes": list(model.classes),
+        "classes": list(names),
         "colors": list(colors),
         "tissue": {
             "source": worker.tissue.source,
@@ -361,6 +375,7 @@ def _finish(
         "cells": sum(counts.values()),
         "counts": dict(counts),
         "damaged": [list(region) for region in worker.damaged()],
+        "domain": None if distance is None else distance._asdict(),
         "seconds": round(before + time.monotonic() - started, 2),
         "settings": identity["settings"],
         "identity": {key: identity[key] for key in _WHAT},
@@ -410,6 +425,8 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
     if facts["damaged"]:
         n = len(facts["damaged"])
         found.append(f"{n} damaged {'tile was' if n == 1 else 'tiles were'} taken for background.")
+    if facts["domain"] is not None:
+        found += [text for text in [Distance(**facts["domain"]).warning] if text]
     if not facts["tiles"]:
         found.append("There is no tissue: nothing was looked at.")
     elif not facts["cells"]:

@@ -21,7 +21,7 @@ from celltyper.cells.table import add_embeddings, cells_table, write_parquet
 from celltyper.checkpoints import load_model
 from celltyper.instances.blocks import decode_block
 from celltyper.labels import mean_in_labels
-from celltyper.models import PHENOTYPE, CellTyper
+from celltyper.models import PHENOTYPE, CellTyper, threshold_of
 from celltyper.predict import pick_device
 from celltyper.slides import Slide, TissueMask
 from celltyper.tiling import Region
@@ -87,6 +87,8 @@ class Worker:
     precision : {"fp32", "bf16", "fp16"}
     embeddings : bool
         Whether cells get an embedding of the encoder.
+    abstain : float or None
+        See `celltyper.predict_image`.
     """
 
     folder: Path
@@ -99,6 +101,7 @@ class Worker:
     symmetries: int
     precision: str
     embeddings: bool = False
+    abstain: float | None = None
     stop: Event = field(default_factory=Event)
     progress: Callable[[int], None] = lambda _: None
     _turn: Lock = field(default_factory=Lock)
@@ -139,6 +142,11 @@ class Worker:
             found |= {Region(*each) for each in json.loads(file.read_text())["damaged"]}
         return sorted(found)
 
+    def distances(self) -> list[float]:
+        """Distances of all tiles from the training images, if the model knows them."""
+        files = sorted((self.folder / _PREDICTED).glob("*.json"))
+        return [x for file in files for x in json.loads(file.read_text()).get("distances", [])]
+
     def predict(self, block: Block) -> int:
         """Write the maps of a block; gives the number of its tiles."""
         model, plan = self._model(), self.plan
@@ -157,11 +165,20 @@ class Worker:
             stop=self.stop,
             progress=self.progress,
             encoder=the_encoder(model) if self.embeddings else None,
+            pool=model.domain is not None,
         )
         self._maps().write(block, found.maps)
         if found.features is not None:
             self._maps().write_features(block, tiles, found.features)
-        facts = {"tiles": len(tiles), "damaged": [list(each) for each in self.slide.damaged]}
+        distances: list[float] = []
+        if model.domain is not None and found.pooled is not None:
+            # rounded: the last bits depend on what else was in the batch
+            distances = model.domain.distances(found.pooled).round(3).tolist()
+        facts = {
+            "tiles": len(tiles),
+            "damaged": [list(each) for each in self.slide.damaged],
+            "distances": distances,
+        }
         write_json(self._predicted(block), facts)
         return len(tiles)
 
@@ -210,7 +227,15 @@ class Worker:
         # The table needs the cells' probabilities only, not those of all pixels.
         none = np.zeros((means.shape[1], 0, 0), np.float32)
         return cells_table(
-            Prediction(labels, none, means, model.classes, colors=model.colors),
+            Prediction(
+                labels,
+                none,
+                means,
+                model.classes,
+                colors=model.colors,
+                calibration=model.calibration,
+                threshold=threshold_of(model, self.abstain),
+            ),
             mpp,
             place=Place(0, 0, grid.scale_x, grid.scale_y, region.row, region.col),
             measured=measure(labels, image, mpp),
