@@ -32,10 +32,10 @@ from celltyper.benchmark import BENCHMARK_FILE
 from celltyper.benchmark.further import further_file, type_further
 from celltyper.benchmark.published import read_published
 from celltyper.benchmark.spec import Benchmark, Cell, cells_of
-from celltyper.checkpoints import PROTOCOL_FILE
 from celltyper.classification.config import PatchConfig
 from celltyper.config import Config, Section, one_line
 from celltyper.errors import CelltyperError, ConfigError, DataError
+from celltyper.library.files import PROTOCOL_FILE
 from celltyper.made import write_made_cells, write_made_patches
 from celltyper.predict import pick_device
 from celltyper.protocols import run_patch_protocol, run_protocol
