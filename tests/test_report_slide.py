@@ -243,10 +243,10 @@ def test_a_view_is_square_on_the_glass_whatever_the_scanner_did() -> None:
         assert view.shape == (125, 250)
         assert view.mpp == (8.0, 8.0)
         assert view.read(slide).shape == (125, 250, 3)
-        centers = view.centers()
+        x, y = view.centers()
     # a pixel of the view is 16 x 8 pixels of the slide
-    assert centers[0].tolist() == [8.0, 4.0]
-    assert centers[251].tolist() == [24.0, 12.0]
+    assert (x[:2].tolist(), len(x)) == ([8.0, 24.0], 250)
+    assert (y[:2].tolist(), len(y)) == ([4.0, 12.0], 125)
     assert view.rectangle(Region(40, 160, 80, 1600)) == (10.0, 5.0, 100.0, 10.0)
 
 
@@ -417,21 +417,38 @@ def test_even_cells_have_the_same_density_up_to_the_rim() -> None:
     assert np.isnan(found[~inside]).all()
 
 
-def test_densities_are_those_of_a_gaussian_window() -> None:
-    view = made_view((120, 150), (10.0, 10.0))
+@pytest.mark.parametrize(
+    ("shape", "mpp", "sigma", "right_to"),
+    [
+        ((120, 150), 10.0, 5, 1e-4),  # at every pixel
+        ((200, 240), 2.0, 8, 1e-4),
+        ((300, 735), 2.0, 24.5, 2e-3),  # at every third pixel, and at the last
+    ],
+)
+def test_densities_are_those_of_a_gaussian_window(
+    shape: tuple[int, int],
+    mpp: float,
+    sigma: float,
+    right_to: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("celltyper.report.density.LONGEST", max(shape))
+    view = made_view(shape, (mpp, mpp))
     rng = np.random.default_rng(0)
     inside = rng.random(view.shape) < 0.8
     counts = rng.poisson(0.3, (2, *view.shape)).astype(np.uint32)
-    sigma = view.bandwidth / 10
-    assert sigma == pytest.approx(5)  # a thirtieth of 1500 micrometres, below `BANDWIDTH`
+    # a thirtieth of the longer side, below `BANDWIDTH`
+    assert view.bandwidth / mpp == pytest.approx(sigma)
 
     def smooth(values: np.ndarray) -> np.ndarray:
-        return ndimage.gaussian_filter(values.astype(float), sigma, mode="constant", truncate=4)
+        return ndimage.gaussian_filter(
+            values.astype(float), sigma, mode="constant", radius=int(4 * sigma)
+        )
 
-    area = smooth(inside) * 100e-6
+    area = smooth(inside) * mpp**2 / 1e6
     for of_class, found in zip(counts, densities(counts, inside, view), strict=True):
         expected = smooth(of_class * inside) / area
-        np.testing.assert_allclose(found[inside], expected[inside], rtol=1e-4)
+        np.testing.assert_allclose(found[inside], expected[inside], rtol=right_to)
 
 
 def test_one_cell_has_the_peak_of_its_window() -> None:

@@ -92,12 +92,11 @@ class View:
             return slide.thumbnail(LONGEST)
         return slide.read(self.region, self.asked)
 
-    def centers(self) -> NDArray[np.float64]:
-        """Centres of all pixels in raster order as x, y of the full resolution, shape (n, 2)."""
-        rows = (np.arange(self.region.height) + self.region.row + 0.5) * self.grid.scale_y
-        cols = (np.arange(self.region.width) + self.region.col + 0.5) * self.grid.scale_x
-        x, y = np.meshgrid(cols, rows)
-        return np.column_stack([x.ravel(), y.ravel()])
+    def centers(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Centres of its columns and of its rows, as x and y of the full resolution."""
+        x = (np.arange(self.region.width) + self.region.col + 0.5) * self.grid.scale_x
+        y = (np.arange(self.region.height) + self.region.row + 0.5) * self.grid.scale_y
+        return x, y
 
     def rectangle(self, region: Region) -> tuple[float, float, float, float]:
         """Column, row, width and height in the picture of a region of the full resolution."""
@@ -156,7 +155,8 @@ def _view(slide: Slide, part: Region) -> View:
 
 def tissue_in(tissue: TissueMask, view: View) -> NDArray[np.bool_]:
     """Which pixels of a view have their centre in the tissue, shape as the view."""
-    return tissue.contains(view.centers()).reshape(view.shape)
+    x, y = view.centers()
+    return tissue.contains(x, y[:, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +289,7 @@ def tally(batches: Iterable[Cells], n_classes: int, view: View, tissue: TissueMa
         known = np.isfinite(batch.area_um2)
         size = np.searchsorted(_AREAS, batch.area_um2[known], side="right") - 1
         np.add.at(areas, (batch.phenotype[known], size.clip(0, areas.shape[1] - 1)), 1)
-        outside += int((~tissue.contains(np.column_stack([batch.x, batch.y]))).sum())
+        outside += int((~tissue.contains(batch.x, batch.y)).sum())
         col, row = np.floor(col) - view.region.col, np.floor(row) - view.region.row
         seen = (col >= 0) & (row >= 0) & (col < width) & (row < height)
         place = (batch.phenotype[seen] * height + row[seen].astype(np.intp)) * width
@@ -318,20 +318,33 @@ def densities(
     ndarray of float32, shape (H, W)
         Of every class; NaN outside the tissue.
     """
-    # Products of matrices: their time does not depend on the width of the window.
-    rows, cols = (
-        _window(n, view.bandwidth / side)
-        for n, side in zip(view.shape, view.mpp[::-1], strict=True)
-    )
-    area = (rows @ inside.astype(np.float32) @ cols)[inside] * (view.mpp[0] * view.mpp[1] / 1e6)
+    sides = zip(view.shape, view.mpp[::-1], strict=True)
+    (rows, row_between), (cols, col_between) = (_line(n, view.bandwidth / mpp) for n, mpp in sides)
+
+    def smooth(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        sums: NDArray[np.float32] = row_between @ (rows @ values @ cols.T) @ col_between.T
+        return sums[inside]
+
+    area = smooth(inside.astype(np.float32)) * (view.mpp[0] * view.mpp[1] / 1e6)
     for of_class in counts:
         result = np.full(inside.shape, np.nan, np.float32)
-        result[inside] = (rows @ np.where(inside, of_class, np.float32(0)) @ cols)[inside] / area
+        result[inside] = smooth(np.where(inside, of_class, np.float32(0))) / area
         yield result
 
 
-def _window(n: int, sigma: float) -> NDArray[np.float32]:
-    """Weight of every pixel of a line at every other, shape (n, n)."""
-    place = np.arange(n, dtype=np.float32)
-    distance = np.abs(place[:, None] - place) / np.float32(sigma)
-    return np.where(distance > 4, 0, np.exp(-(distance**2) / 2)).astype(np.float32)
+def _line(n: int, sigma: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Gaussian sums along n pixels, as matrices: their time does not depend on the window's width.
+
+    Returns
+    -------
+    weights : ndarray of float32, shape (m, n)
+        Of every pixel in the sums at m of them, an eighth of sigma apart.
+    between : ndarray of float32, shape (n, m)
+        Sums at all pixels, linear between those: at a peak too low by 0.2 % at most.
+    """
+    pixels = np.arange(n)
+    at = np.append(pixels[: n - 1 : max(1, int(sigma / 8))], n - 1)
+    distance = np.abs(at[:, None] - pixels) / sigma
+    weights = np.where(distance > 4, 0, np.exp(-(distance**2) / 2))
+    between = np.stack([np.interp(pixels, at, of_one) for of_one in np.eye(len(at))], axis=1)
+    return weights.astype(np.float32), between.astype(np.float32)

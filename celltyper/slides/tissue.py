@@ -66,28 +66,28 @@ class TissueMask:
             return bool(shapely.intersects(self.outline, inner))
         return bool(self.grid[self._cells(region)].any())
 
-    def contains(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def contains(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which points lie in it.
 
         Parameters
         ----------
-        points : ndarray of float64, shape (n, 2)
-            x, y in pixels of the full resolution.
+        x, y : ndarray of float64
+            Pixels of the full resolution; any shapes that numpy broadcasts.
 
         Returns
         -------
-        ndarray of bool, shape (n,)
+        ndarray of bool, of the shape of x and y together
             By the outline where there is one, else by the pixel of the grid.
         """
         if self.outline is not None:
             shapely.prepare(self.outline)
-            inside: NDArray[np.bool_] = shapely.intersects_xy(self.outline, points)
+            inside: NDArray[np.bool_] = shapely.intersects_xy(self.outline, x, y)
             return inside
-        cols, rows = np.floor(points / self.scale).astype(np.int64).T
         height, width = self.grid.shape
-        here: NDArray[np.bool_] = (rows >= 0) & (cols >= 0) & (rows < height) & (cols < width)
-        here &= self.grid[rows.clip(0, height - 1), cols.clip(0, width - 1)]
-        return here
+        cols = np.floor(x / self.scale[0]).astype(np.int64)
+        rows = np.floor(y / self.scale[1]).astype(np.int64)
+        here = ((cols >= 0) & (cols < width)) & ((rows >= 0) & (rows < height))
+        return here & self.grid[rows.clip(0, height - 1), cols.clip(0, width - 1)]
 
     @property
     def pixels(self) -> float:

@@ -196,13 +196,13 @@ class Worker:
         image = self.slide.read(region, model.mpp)
         means = mean_in_labels(labels, store.stored(PHENOTYPE, region)) / np.float32(STEPS)
         table = self._table(labels, means, image, region)
-        points = np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1)
-        inside = self.tissue.contains(points)
+        x, y = table["x"].to_numpy(), table["y"].to_numpy()
+        inside = self.tissue.contains(x, y)
         table = table.filter(inside)
         grid = self._features()
         if grid is not None:
             # what has its centroid in the tissue lies in a tile that the model saw
-            points = points[inside] / (plan.grid.scale_x, plan.grid.scale_y)
+            points = np.stack([x / plan.grid.scale_x, y / plan.grid.scale_y], axis=1)[inside]
             table = add_embeddings(table, embeddings_at(points, plan, grid, store.features))
         # One that was taken for dead may come late, when the maps are gone: the first one counts.
         if not self.is_decoded(block):
