@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import math
 import os
@@ -14,18 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from celltyper import __version__
-from celltyper.atomic import make_folder, write_json
+from celltyper.atomic import make_folder
 from celltyper.checkpoints import load_model
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.errors import CelltyperError, ConfigError, DataError, RunError
+from celltyper.index import read_index, write_index
 from celltyper.library.shelf import find_model
-from celltyper.models import colors_of, threshold_of
+from celltyper.models import threshold_of
 from celltyper.predict import autocast, check_mpp, pick_device
 from celltyper.readers.files import read_table
 from celltyper.report.amounts import amount, duration
 from celltyper.report.cohort import write_cohort_csv, write_cohort_report
-from celltyper.runs import INDEX_FILE
 from celltyper.slides import (
     Slide,
     TissueMask,
@@ -316,22 +314,16 @@ def infer_slides(
         make_folder(output)
         write_cohort_csv(output / TABLE_FILE, done, failed)
         write_cohort_report(output / REPORT_FILE, done, failed)
-    write_json(
-        output / INDEX_FILE,
-        {
-            "celltyper": __version__,
-            "model": source.run,
-            "classes": list(model.classes),
-            "colors": list(colors_of(model)),
-            "model_mpp": model.mpp,
-            "device": str(place),
-            "symmetries": symmetries or model.symmetries,
-            "precision": precision,
-            "calibration": None if model.calibration is None else model.calibration.facts(),
-            "threshold": threshold,
-            "images": [_index_entry(facts) for facts in done],
-            "failed": failed,
-        },
+    write_index(
+        output,
+        model,
+        run=source.run,
+        device=str(place),
+        symmetries=symmetries or model.symmetries,
+        precision=precision,
+        threshold=threshold,
+        images=[_index_entry(facts) for facts in done],
+        failed=failed,
     )
     if failed:
         n = len(failed)
@@ -344,7 +336,7 @@ def infer_slides(
 
 def summary_text(output: str | Path) -> str:
     """What was found on the slides of a folder that `infer_slides` wrote, on one line."""
-    facts = json.loads((Path(output) / INDEX_FILE).read_text(encoding="utf-8"))
+    facts = read_index(output)
     slides = facts["images"]
     seconds = math.fsum(each["seconds"] for each in slides)
     return f"{_found(slides)} in {duration(seconds)}"

@@ -40,10 +40,10 @@ from celltyper.errors import CheckpointError, ConfigError, DataError, RunError, 
 from celltyper.instances import METHODS, build_instances
 from celltyper.labels import mean_in_labels
 from celltyper.library.cards import CARD_FILE
-from celltyper.library.files import MODEL_FILE
+from celltyper.library.files import MODEL_FILE, RUN_FILE
 from celltyper.library.shelf import find_model
 from celltyper.models import PHENOTYPE, CellTyper, Ensemble, colors_of
-from celltyper.runs import CONFIG_FILE, RUN_FILE
+from celltyper.runs import CONFIG_FILE
 from celltyper.types import Maps, Prediction
 
 logger = logging.getLogger("celltyper")

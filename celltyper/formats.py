@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import shutil
@@ -22,12 +21,12 @@ from celltyper.cells.scverse import write_anndata, write_spatialdata
 from celltyper.cells.stream import iter_cells, write_csv
 from celltyper.cells.tiles import write_geojson_tiles
 from celltyper.errors import CelltyperError, ConfigError, DataError, RunError, unknown_name
+from celltyper.index import INDEX_FILE, read_index
 from celltyper.slides import open_slide
 from celltyper.types import Image
 
 logger = logging.getLogger("celltyper")
 
-INDEX_FILE = "infer.json"  # not from celltyper.runs, which imports torch
 CELLS_FILE = "cells.parquet"
 TILE = 8192
 """Side in pixels of the squares of ``geojson-tiles``: tens of thousands of cells each."""
@@ -140,13 +139,8 @@ def export_cells(
 
 def _read_results(folder: Path) -> tuple[list[_Found], dict[str, Any]]:
     """What is in a folder that inference wrote, and facts about how it came about."""
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        raise DataError(f"no {INDEX_FILE} in {folder}: give a folder that 'celltyper infer' wrote")
+    index, facts = folder / INDEX_FILE, read_index(folder)
     try:
-        facts = json.loads(index.read_text(encoding="utf-8"))
-        if facts.get("task") == "patches":
-            raise DataError(f"{folder} holds patches, which are in patches.csv: no cells to export")
         found = [
             _Found(
                 str(entry["name"]),
@@ -158,9 +152,7 @@ def _read_results(folder: Path) -> tuple[list[_Found], dict[str, Any]]:
             )
             for entry in facts["images"]
         ]
-    except DataError:
-        raise
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise DataError(f"{index} is damaged ({error!r}); run infer again") from error
     if not found:
         raise DataError(f"{index} names no image; run infer again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import zipfile
@@ -16,8 +15,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from celltyper import __version__
-from celltyper.atomic import atomic_path, make_folder, write_json
+from celltyper.atomic import atomic_path, make_folder
 from celltyper.calibration import calibration_of
 from celltyper.cells.geojson import write_geojson
 from celltyper.cells.morphology import measure
@@ -29,12 +27,12 @@ from celltyper.datasets import read_image
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.domain import Distance
 from celltyper.errors import ConfigError, DataError
+from celltyper.index import INDEX_FILE, read_index, write_index
 from celltyper.library.shelf import find_model
 from celltyper.models import CellTyper, colors_of, threshold_of
 from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.readers.files import files_by_stem
 from celltyper.report.overlay import save_overlay
-from celltyper.runs import INDEX_FILE
 from celltyper.types import Image, Prediction
 from celltyper.wholeslide.folder import (
     CELLS_FILE,
@@ -200,22 +198,16 @@ def infer(
         raise DataError(f"all {len(paths)} images failed, the first: {failed[0]['error']}")
     if len(paths) > 1:
         write_parquet(output / CELLS_FILE, concat_cells(tables))
-    write_json(
-        output / INDEX_FILE,
-        {
-            "celltyper": __version__,
-            "model": str(run.absolute()),
-            "classes": list(model.classes),
-            "colors": list(colors_of(model)),
-            "model_mpp": model.mpp,
-            "device": str(place),
-            "symmetries": symmetries or model.symmetries,
-            "precision": precision,
-            "calibration": None if model.calibration is None else model.calibration.facts(),
-            "threshold": threshold,
-            "images": entries,
-            "failed": failed,
-        },
+    write_index(
+        output,
+        model,
+        run=str(run.absolute()),
+        device=str(place),
+        symmetries=symmetries or model.symmetries,
+        precision=precision,
+        threshold=threshold,
+        images=entries,
+        failed=failed,
     )
     if failed:
         raise DataError(
@@ -317,27 +309,6 @@ def read_predictions(folder: str | Path) -> list[Prediction]:
             "annotated fields as images"
         )
     return [_read_prediction(folder / e["folder"] / LABELS_FILE, e, facts) for e in facts["images"]]
-
-
-def read_index(folder: str | Path) -> dict[str, Any]:
-    """Read what ``infer.json`` says about the results in a folder.
-
-    Raises
-    ------
-    DataError
-        If it is missing or damaged.
-    """
-    index = Path(folder) / INDEX_FILE
-    if not index.is_file():
-        raise DataError(f"no {INDEX_FILE} in {folder}: give a folder that 'celltyper infer' wrote")
-    try:
-        facts = json.loads(index.read_text(encoding="utf-8"))
-        missing = {"images", "classes", "colors", "model"} - facts.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{index} is damaged ({one_line(error)}); run infer again") from error
-    if missing:
-        raise DataError(f"{index} lacks {', '.join(sorted(missing))}; run infer again")
-    return dict(facts)
 
 
 def _read_prediction(path: Path, entry: dict[str, Any], facts: dict[str, Any]) -> Prediction:

@@ -27,8 +27,10 @@ from celltyper.evaluation import (
     score_image,
     summarise,
 )
-from celltyper.inference import read_index, read_predictions
+from celltyper.index import INDEX_FILE, read_index
+from celltyper.inference import read_predictions
 from celltyper.labels import label_ids, mean_in_labels
+from celltyper.library.files import RUN_FILE
 from celltyper.library.shelf import find_model, results_folder
 from celltyper.metrics.calibration import (
     classwise_calibration_error,
@@ -38,7 +40,7 @@ from celltyper.predict import autocast, check_mpp, pick_device, predict_image
 from celltyper.readers import open_dataset, open_parts
 from celltyper.report.html import write_report
 from celltyper.reporting import image_scores, make_report, notice_of, read_json
-from celltyper.runs import INDEX_FILE, METRICS_FILE, RUN_FILE, evaluation_folder
+from celltyper.runs import METRICS_FILE, evaluation_folder
 from celltyper.types import Prediction, Sample
 
 REPORT_FILE = "report.html"

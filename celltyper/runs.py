@@ -24,16 +24,14 @@ from celltyper.encoders.hub import HUB_NAMES, MADE_NAMES, find_weights
 from celltyper.encoders.lora import read_adapter
 from celltyper.errors import ConfigError
 from celltyper.labels import label_ids
-from celltyper.library.files import MODEL_FILE
+from celltyper.library.files import MODEL_FILE, RUN_FILE
 from celltyper.models import CellTyper
 
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.csv"
-INDEX_FILE = "infer.json"
 LAST_FILE = "last.safetensors"
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.json"
-RUN_FILE = "run.json"
 SPLIT_FILE = "split.json"
 """Names of a run's images by part, where a protocol divided them."""
 

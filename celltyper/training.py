@@ -35,14 +35,13 @@ from celltyper.encoders.trainability import check_trainability, parameter_digest
 from celltyper.errors import ConfigError, DataError, TrainingError
 from celltyper.evaluation import SCORES
 from celltyper.features import Canvas, FeatureCache
-from celltyper.library.files import MODEL_FILE
+from celltyper.library.files import MODEL_FILE, RUN_FILE
 from celltyper.loop import Loop, check_compile, class_weights
 from celltyper.models import CellTyper, build_model
 from celltyper.parts import Parts, divide
 from celltyper.predict import SAME_MPP, autocast, pick_device
 from celltyper.runs import (
     LAST_FILE,
-    RUN_FILE,
     Progress,
     check_log,
     check_output,

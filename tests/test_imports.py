@@ -19,7 +19,7 @@ LAYERS = [
     {"training", "inference", "reporting", "exporting", "classification", "formats"},
     {"cohort"},
     {"loop", "wholeslide"},
-    {"evaluation", "predict", "objective", "targets", "runs"},
+    {"evaluation", "predict", "objective", "targets", "runs", "index"},
     {"checkpoints", "optim"},
     {"models", "features", "parts", "probes", "patches", "library"},
     {"config", "encoders", "report", "decoders", "readers"},

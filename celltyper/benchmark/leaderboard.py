@@ -23,6 +23,7 @@ from celltyper.benchmark.published import Published
 from celltyper.benchmark.running import State, state_of
 from celltyper.benchmark.spec import SCORES, Benchmark
 from celltyper.errors import DataError
+from celltyper.library.files import RUN_FILE
 from celltyper.metrics.bootstrap import PairedDifference, draw_weights, paired_interval
 from celltyper.metrics.multiplicity import holm
 from celltyper.metrics.ratios import mean_of_known
@@ -33,7 +34,6 @@ from celltyper.protocols.patches import TypedPatches, read_typed
 from celltyper.protocols.pooling import find_clusters
 from celltyper.protocols.scores import SCORES_FILE
 from celltyper.protocols.table import ScoredRun, load_run, read_plan
-from celltyper.runs import RUN_FILE
 
 Values = NDArray[np.float64]
 Key = tuple[str, int]

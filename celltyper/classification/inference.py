@@ -36,6 +36,7 @@ from celltyper.classification.typed import (
 )
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.errors import ConfigError, DataError
+from celltyper.index import INDEX_FILE
 from celltyper.library.files import PROTOCOL_FILE
 from celltyper.library.shelf import find_model
 from celltyper.patches.checking import readable
@@ -47,7 +48,7 @@ from celltyper.patches.tables import read_csv
 from celltyper.patches.windows import read_header
 from celltyper.predict import check_mpp, pick_device
 from celltyper.readers.meta import read_meta
-from celltyper.runs import CONFIG_FILE, INDEX_FILE
+from celltyper.runs import CONFIG_FILE
 
 logger = logging.getLogger("celltyper")
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from celltyper.classification.config import PatchData
 from celltyper.datasets.images import read_image
 from celltyper.errors import DataError
+from celltyper.library.files import RUN_FILE
 from celltyper.patches.reading import open_patches
 from celltyper.patches.table import PatchTable
-from celltyper.runs import RUN_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -38,6 +38,7 @@ from celltyper.classification.preparing import (
     size_of,
 )
 from celltyper.errors import DataError
+from celltyper.library.files import RUN_FILE
 from celltyper.losses import effective_class_weights
 from celltyper.metrics.calibration import calibration_gap
 from celltyper.metrics.ranking import choose_threshold
@@ -46,7 +47,7 @@ from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_header
 from celltyper.predict import pick_device
 from celltyper.probes import DEFAULT, PROBES, Probe, check_options, fit_probe
-from celltyper.runs import LAST_FILE, RUN_FILE, check_output, resolve_encoder, start_folder
+from celltyper.runs import LAST_FILE, check_output, resolve_encoder, start_folder
 
 logger = logging.getLogger("celltyper")
 

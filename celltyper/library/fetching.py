@@ -22,11 +22,11 @@ from celltyper.config import one_line
 from celltyper.encoders.hub import download_model, sha256_of
 from celltyper.errors import CheckpointError, ConfigError, DataError, unknown_name
 from celltyper.library.cards import CARD_FILE, read_card
-from celltyper.library.files import MODEL_FILE, check_format, read_header
+from celltyper.library.files import MODEL_FILE, RUN_FILE, check_format, read_header
 from celltyper.library.shelf import Kept, list_models, models_folder
 
 SOURCE_FILE = "source.json"
-BESIDE = (CARD_FILE, "run.json")
+BESIDE = (CARD_FILE, RUN_FILE)
 """Files that are fetched with a model if they are published beside it; the second says which
 images were trained on, without which an evaluation could not refuse them."""
 

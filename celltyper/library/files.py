@@ -16,6 +16,7 @@ FORMAT = 1
 """Of the checkpoints that this version writes and reads."""
 MODEL_FILE = "model.safetensors"
 PROTOCOL_FILE = "protocol.json"
+RUN_FILE = "run.json"
 HEADER_KEY = "celltyper"
 
 

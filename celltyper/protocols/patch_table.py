@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celltyper.errors import DataError
+from celltyper.library.files import RUN_FILE
 from celltyper.metrics.bootstrap import PairedDifference, percentile_interval
 from celltyper.metrics.classification import PatchScores
 from celltyper.metrics.ranking import SPECIFICITY
@@ -22,7 +23,6 @@ from celltyper.protocols.patch_pooling import Pooled, compare_pooled, pool_runs,
 from celltyper.protocols.patches import TypedPatches, read_typed
 from celltyper.protocols.scores import SCORES_FILE
 from celltyper.protocols.table import read_plan
-from celltyper.runs import RUN_FILE
 
 Values = NDArray[np.float64]
 

@@ -92,7 +92,7 @@ class View:
             return slide.thumbnail(LONGEST)
         return slide.read(self.region, self.asked)
 
-    def centers(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def centers(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
         """Centres of its columns and of its rows, as x and y of the full resolution."""
         x = (np.arange(self.region.width) + self.region.col + 0.5) * self.grid.scale_x
         y = (np.arange(self.region.height) + self.region.row + 0.5) * self.grid.scale_y
@@ -322,8 +322,8 @@ def densities(
     (rows, row_between), (cols, col_between) = (_line(n, view.bandwidth / mpp) for n, mpp in sides)
 
     def smooth(values: NDArray[np.float32]) -> NDArray[np.float32]:
-        sums: NDArray[np.float32] = row_between @ (rows @ values @ cols.T) @ col_between.T
-        return sums[inside]
+        sums = row_between @ (rows @ values @ cols.T) @ col_between.T
+        return sums[inside].astype(np.float32)
 
     area = smooth(inside.astype(np.float32)) * (view.mpp[0] * view.mpp[1] / 1e6)
     for of_class in counts:

@@ -169,6 +169,7 @@ def write_slide_report(
     unit = "mm²" if known else "Mpx"
     area = float(facts["tissue"]["area_mm2"]) if known else tissue.pixels / 1e6
     rows = [_row(k, name, found, area) for k, name in enumerate(classes, start=1)]
+    picture = _picture(whole, tissue, inside, damaged)
     text = page_template("slide.html.j2").render(
         report=report,
         names=["all cells", *classes],
@@ -186,10 +187,10 @@ def write_slide_report(
         parts=[(row.number, row.name, row.share, percent(row.share)) for row in rows],
         amount=amount,
         percent=percent,
-        whole=_picture(whole, tissue, inside, damaged),
+        whole=picture,
         overview=jpeg_uri(overview),
         cut=None if view == whole else whole.rectangle(view.grid.on_slide(view.region)),
-        view=_picture(view, tissue, near, damaged),
+        view=picture if view == whole else _picture(view, tissue, near, damaged),
         ground="" if ground is None else jpeg_uri(ground),
         paper=0 if ground is None else int(ground[near].mean()),
         maps=maps,

@@ -66,7 +66,7 @@ class TissueMask:
             return bool(shapely.intersects(self.outline, inner))
         return bool(self.grid[self._cells(region)].any())
 
-    def contains(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def contains(self, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.bool_]:
         """Which points lie in it.
 
         Parameters
@@ -79,15 +79,17 @@ class TissueMask:
         ndarray of bool, of the shape of x and y together
             By the outline where there is one, else by the pixel of the grid.
         """
+        inside: NDArray[np.bool_]
         if self.outline is not None:
             shapely.prepare(self.outline)
-            inside: NDArray[np.bool_] = shapely.intersects_xy(self.outline, x, y)
+            inside = shapely.intersects_xy(self.outline, x, y)
             return inside
         height, width = self.grid.shape
         cols = np.floor(x / self.scale[0]).astype(np.int64)
         rows = np.floor(y / self.scale[1]).astype(np.int64)
-        here = ((cols >= 0) & (cols < width)) & ((rows >= 0) & (rows < height))
-        return here & self.grid[rows.clip(0, height - 1), cols.clip(0, width - 1)]
+        inside = ((cols >= 0) & (cols < width)) & ((rows >= 0) & (rows < height))
+        inside &= self.grid[rows.clip(0, height - 1), cols.clip(0, width - 1)]
+        return inside
 
     @property
     def pixels(self) -> float:

@@ -12,8 +12,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from celltyper.errors import ConfigError
+from celltyper.index import INDEX_FILE
 from celltyper.library.files import PROTOCOL_FILE
-from celltyper.runs import CONFIG_FILE, INDEX_FILE
+from celltyper.runs import CONFIG_FILE
 from celltyper.wholeslide.worker import MAPS_FOLDER
 
 CELLS_FILE = "cells.parquet"
