@@ -42,7 +42,8 @@ from celltyper.library.files import (
 from celltyper.library.shelf import find_model
 from celltyper.models import CellTyper, Ensemble, build_model
 
-_DOMAIN = "domain."
+DOMAIN = "domain."
+"""How the names of tensors begin that are no weights, see `celltyper.domain.Domain.tensors`."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def save_model(
     )
     state = trained_state(model) if state is None else state
     known = {} if model.domain is None else model.domain.tensors()
-    of_domain = {f"{_DOMAIN}{name}": torch.from_numpy(array) for name, array in known.items()}
+    of_domain = {f"{DOMAIN}{name}": torch.from_numpy(array) for name, array in known.items()}
     write_tensors(path, {**state, **of_domain}, asdict(header))
 
 
@@ -252,8 +253,8 @@ def _load(
         header = Header(**values)
         config = parse_config(header.config, where=f"config in {file}")
         calibration = calibration_of(header.calibration)
-        of_domain = {k: state.pop(k).numpy() for k in list(state) if k.startswith(_DOMAIN)}
-        known = {name.removeprefix(_DOMAIN): array for name, array in of_domain.items()}
+        of_domain = {k: state.pop(k).numpy() for k in list(state) if k.startswith(DOMAIN)}
+        known = {name.removeprefix(DOMAIN): array for name, array in of_domain.items()}
         domain = domain_of(header.domain, known)
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{file} is not a celltyper model: {one_line(error)}") from error

@@ -1,7 +1,6 @@
 """A trained model as one file for other programs: ONNX, TorchScript or torch.export.
 
-Beside them, `export_half` writes a model for celltyper itself, in half precision. A file for
-others holds everything between pixels and maps: normalisation, encoder with its adapters merged,
+The file holds everything between pixels and maps: normalisation, encoder with its adapters merged,
 decoder, heads and activations. Cutting cells out of the maps stays in Python (`cells_of_maps`).
 """
 
@@ -28,22 +27,16 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from celltyper import __version__
-from celltyper.atomic import make_folder, write_text
 from celltyper.calibration import calibration_of
-from celltyper.checkpoints import load_model, model_folders, read_tensors, write_tensors
-from celltyper.config import Encoder
+from celltyper.checkpoints import load_model
 from celltyper.encoders.adapt import Adapted
-from celltyper.encoders.cards import card_of_hub_id
 from celltyper.encoders.lora import is_lora, merge_lora, save_lora
 from celltyper.encoders.trainability import fingerprint, parameter_digest
 from celltyper.errors import CheckpointError, ConfigError, DataError, RunError, unknown_name
 from celltyper.instances import METHODS, build_instances
 from celltyper.labels import mean_in_labels
-from celltyper.library.cards import CARD_FILE
-from celltyper.library.files import MODEL_FILE, RUN_FILE
 from celltyper.library.shelf import find_model
 from celltyper.models import PHENOTYPE, CellTyper, Ensemble, colors_of
-from celltyper.runs import CONFIG_FILE
 from celltyper.types import Maps, Prediction
 
 logger = logging.getLogger("celltyper")
@@ -53,8 +46,6 @@ SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}
 
 TOLERANCE = 1e-3
 """Largest difference to the model itself, over all pixels of all maps, that a file may have."""
-HALF_TOLERANCE = 0.01
-"""The same of a copy in half precision."""
 
 FACTS = "celltyper"
 """Key of the facts in a file: metadata of ONNX, an extra file of the others."""
@@ -135,7 +126,7 @@ def export_model(
     size = model.tile if tile is None else tile
     facts = _facts_of(model, size, format)
     # torch-export copies weights that are not laid out plainly, and warns of each
-    whole = _Whole(model).to(memory_format=torch.contiguous_format).eval()
+    whole = WholeModel(model).to(memory_format=torch.contiguous_format).eval()
     logger.info("export: capturing the model at %d x %d px", size, size)
     program = _captured(whole, size)
     with tempfile.TemporaryDirectory(prefix=".export.", dir=path.parent) as folder:
@@ -144,9 +135,7 @@ def export_model(
         write = _writer(program, list(model.maps), format)
         write(draft, facts)
         logger.info("export: comparing it with the model")
-        facts["largest_difference"] = difference = _largest_difference_of_file(
-            whole, draft, format, size
-        )
+        facts["largest_difference"] = difference = _difference_of_file(whole, draft, format, size)
         if not difference <= TOLERANCE:
             raise RunError(
                 f"{path.name} was not written: its maps differ from the model's by up to "
@@ -191,7 +180,7 @@ def export_adapter(
         If the source cannot be loaded.
     """
     folder = Path(folder)
-    _check_folder(folder, overwrite=overwrite)
+    check_folder(folder, overwrite=overwrite)
     if isinstance(source, CellTyper):
         model = source
     else:
@@ -203,127 +192,13 @@ def export_adapter(
     return save_lora(encoder.encoder if isinstance(encoder, Adapted) else encoder, folder)
 
 
-def export_half(
-    source: str | Path,
-    folder: str | Path,
-    *,
-    whole: bool = False,
-    overwrite: bool = False,
-    encoder_weights: str | None = None,
-    allow_code: bool = False,
-) -> Exported:
-    """Write a model in half precision, half as large, to be loaded as the run itself is.
-
-    Weights of two or more axes are rounded to float16; norms, biases and statistics are a
-    hundredth of the bytes and stay as they are. The model works in float32 all the same. Its maps
-    are compared with those of the run as in `export_model`, up to `HALF_TOLERANCE`.
-
-    Parameters
-    ----------
-    source : str or Path
-        Run folder or checkpoint.
-    folder : str or Path
-        Gets ``model.safetensors``, and ``card.yaml``, ``config.yaml`` and ``run.json`` of the run.
-    whole : bool
-        Put the encoder's own weights into the file, adapters merged, so that nothing else is
-        needed to load it. It is then as if the encoder had been trained as a whole
-        (``adapt: full``). Its licence must allow to pass it on.
-    overwrite : bool
-        Write into a folder that is there.
-    encoder_weights, allow_code
-        See `celltyper.load_model`.
-
-    Returns
-    -------
-    Exported
-        With the largest difference and, as facts, the header of the file.
-
-    Raises
-    ------
-    ConfigError
-        If the folder is there, the source is an ensemble, or `whole` would still need the hub.
-    CheckpointError
-        If the source cannot be loaded.
-    RunError
-        If a weight is too large for half precision, or the maps differ by more.
-    """
-    folder = Path(folder)
-    _check_folder(folder, overwrite=overwrite)
-    run, *more = model_folders(find_model(source))
-    if more:
-        raise ConfigError(f"{source} is an ensemble of {1 + len(more)} models: export one")
-    file = run / MODEL_FILE if run.is_dir() else run
-    tensors, header = read_tensors(file)
-    if whole:
-        _check_architecture(header)
-    model = load_model(run, encoder_weights=encoder_weights, allow_code=allow_code)
-    if whole:
-        tensors, header = _with_encoder(model, header)
-    rounded = {name: _half(name, tensor) for name, tensor in tensors.items()}
-    make_folder(folder.absolute().parent)
-    with tempfile.TemporaryDirectory(prefix=".export.", dir=folder.absolute().parent) as work:
-        draft = Path(work) / MODEL_FILE
-        write_tensors(draft, rounded, header)
-        own = None if whole else encoder_weights
-        copied = load_model(draft, encoder_weights=own, allow_code=allow_code)
-        difference = _largest_difference(_Whole(model), _Whole(copied), model.tile)
-        if not difference <= HALF_TOLERANCE:
-            raise RunError(
-                f"{folder} was not written: in half precision its maps differ from the model's by "
-                f"up to {difference:.2g}, more than {HALF_TOLERANCE:g}"
-            )
-        make_folder(folder)
-        for beside in (CARD_FILE, CONFIG_FILE, RUN_FILE):
-            if (file.parent / beside).is_file():
-                write_text(folder / beside, (file.parent / beside).read_text(encoding="utf-8"))
-        draft.replace(folder / MODEL_FILE)
-    return Exported(folder / MODEL_FILE, difference, header)
-
-
-def _check_architecture(header: Mapping[str, Any]) -> None:
-    """Refuse an encoder whose architecture only its repository tells."""
-    name = header.get("config", {}).get("encoder", {}).get("name", "")
-    if "/" in name and not name.startswith("timm/") and card_of_hub_id(name) is None:
-        raise ConfigError(
-            f"--whole: the architecture of {name} would still come from the hub; train with "
-            "timm/NAME and its weights by encoder.weights=PATH"
-        )
-
-
-def _with_encoder(
-    model: CellTyper, header: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a model that needs no other file."""
-    encoder = model.encoder.encoder if isinstance(model.encoder, Adapted) else model.encoder
-    tensors = {n: t for n, t in model.state_dict().items() if not n.startswith("encoder.")}
-    tensors |= {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    old = Encoder(**header["config"]["encoder"])
-    new = Encoder(
-        name=old.name,
-        weights=old.weights if old.weights == "twin" else "random",
-        mpp=old.mpp,
-        adapt="full",
-        options=old.options,
-    )
-    config = header["config"] | {"encoder": new.model_dump(mode="json")}
-    return tensors, {**header, "config": config, "encoder_fingerprint": fingerprint(encoder)}
-
-
-def _half(name: str, tensor: Tensor) -> Tensor:
-    if tensor.ndim < 2 or not tensor.is_floating_point():
-        return tensor
-    rounded = tensor.half()
-    if not rounded.isfinite().all():
-        raise RunError(f"weights {name} are too large for half precision, or not finite")
-    return rounded
-
-
 def _check_single(model: CellTyper, source: object) -> None:
     if isinstance(model, Ensemble):
         raise ConfigError(f"{source} is an ensemble of {len(model.models)} models: export one")
 
 
-def _check_folder(folder: Path, *, overwrite: bool) -> None:
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that is there, unless it may be written into."""
     if folder.exists() and not (overwrite and folder.is_dir()):
         raise ConfigError(f"{folder} is there already; pass --overwrite or another folder")
 
@@ -418,7 +293,7 @@ def cells_of_maps(maps: Maps, facts: Mapping[str, Any], name: str = "") -> Predi
     )
 
 
-class _Whole(nn.Module):
+class WholeModel(nn.Module):
     """The model from pixels to activated maps, adapters merged, nothing frozen around it."""
 
     def __init__(self, model: CellTyper) -> None:
@@ -430,6 +305,7 @@ class _Whole(nn.Module):
             merge_lora(model.encoder)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Maps in the order of the model's."""
         return tuple(self.model.activate(self.model(images)).values())
 
 
@@ -581,15 +457,15 @@ def _plain(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, module.graph)
 
 
-def _largest_difference_of_file(whole: nn.Module, path: Path, format: str, size: int) -> float:
+def _difference_of_file(whole: nn.Module, path: Path, format: str, size: int) -> float:
     """Largest difference between file and model."""
     try:
-        return _largest_difference(whole, _LOADERS[format](path), size)
+        return largest_difference(whole, _LOADERS[format](path), size)
     except Exception as error:
         raise RunError(f"{format} file does not run: {_first_line(str(error))}") from error
 
 
-def _largest_difference(whole: nn.Module, run: Callable[[Tensor], Any], size: int) -> float:
+def largest_difference(whole: nn.Module, run: Callable[[Tensor], Any], size: int) -> float:
     """Largest difference between two models on images that neither was captured with."""
     largest = 0.0
     for images in _images(size):

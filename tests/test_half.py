@@ -18,14 +18,16 @@ from test_library import CARD
 from torch import Tensor
 
 import celltyper
-from celltyper import exporting
+from celltyper import publishing
+from celltyper.calibration import Calibration, Scaling
 from celltyper.checkpoints import load_model, read_tensors, write_tensors
 from celltyper.config import Config
+from celltyper.domain import fit_domain
 from celltyper.encoders import load_encoder
 from celltyper.errors import CheckpointError, ConfigError, RunError
-from celltyper.exporting import HALF_TOLERANCE, export_half
 from celltyper.library import shelf
 from celltyper.models import CellTyper
+from celltyper.publishing import HALF_TOLERANCE, export_half
 from celltyper.training import train
 
 Run = Callable[..., Any]
@@ -149,13 +151,36 @@ def test_a_copy_of_a_delta_stays_one(tiny: Tiny, made_data: Path, tmp_path: Path
         assert 0 < (found[name] - values).abs().max() <= HALF_TOLERANCE
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_copy_is_calibrated_and_knows_the_training_images(
+    tiny: Tiny, made_data: Path, tmp_path: Path, whole: bool
+) -> None:
+    run = train(tiny(made_data, "train.steps=1"), tmp_path / "run", device="cpu", progress=False)
+    rng = np.random.default_rng(0)
+    # in half precision their inverse covariance would not be finite
+    tiles = rng.normal(size=(150, 8)) * 1e-3
+    domain = fit_domain(tiles, tiles[:20], "validation")
+    assert domain.precision.max() > np.finfo(np.float16).max
+    scaling = Calibration(Scaling("vector", (0.5, 0.7), (0.1, -0.1)), 200, {"90": 0.6})
+    tensors, header = read_tensors(run / "model.safetensors")
+    tensors |= {f"domain.{name}": torch.from_numpy(a) for name, a in domain.tensors().items()}
+    header |= {"domain": domain.facts(), "calibration": scaling.facts()}
+    write_tensors(run / "model.safetensors", tensors, header)
+    export_half(run, tmp_path / "copy", whole=whole)
+    copy = load_model(tmp_path / "copy")
+    assert copy.calibration == scaling
+    assert copy.domain is not None
+    np.testing.assert_array_equal(copy.domain.distances(tiles), domain.distances(tiles))
+    assert copy.domain.quantile == domain.quantile
+
+
 def test_what_does_not_fit_into_half_is_not_written(
     tiny: Tiny, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(tiny(made_data, "train.steps=1"), tmp_path / "run", device="cpu", progress=False)
     with pytest.raises(ConfigError, match="is there already; pass --overwrite"):
         export_half(run, run)
-    monkeypatch.setattr(exporting, "HALF_TOLERANCE", 0.0)
+    monkeypatch.setattr(publishing, "HALF_TOLERANCE", 0.0)
     with pytest.raises(RunError, match="copy was not written: in half precision its maps differ"):
         export_half(run, tmp_path / "copy")
     tensors, header = read_tensors(run / "model.safetensors")

@@ -14,6 +14,7 @@ PACKAGE = Path(celltyper.__file__).parent
 LAYERS = [
     {"__main__", "testing"},
     {"demo", "commands"},
+    {"publishing"},
     {"benchmark"},
     {"results", "protocols"},
     {"training", "inference", "reporting", "exporting", "classification", "formats"},

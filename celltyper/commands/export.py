@@ -92,7 +92,8 @@ def export(
     from celltyper.library.shelf import find_model, results_folder
 
     found = find_model(folder)
-    from celltyper.exporting import SUFFIXES, export_adapter, export_half, export_model
+    from celltyper.exporting import SUFFIXES, export_adapter, export_model
+    from celltyper.publishing import export_half
 
     own = {"peft": "adapter", "half": "half"}.get(format) or f"model{SUFFIXES[format]}"
     path = output or results_folder(found) / own
