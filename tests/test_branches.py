@@ -196,7 +196,12 @@ def test_training_resumes_says_what_it_trained_and_loads(
 
 
 @pytest.mark.parametrize(
-    ("format", "suffix"), [("onnx", ".onnx"), ("torchscript", ".pt"), ("torch-export", ".pt2")]
+    ("format", "suffix"),
+    [
+        ("torchscript", ".pt"),
+        pytest.param("onnx", ".onnx", marks=pytest.mark.slow),
+        pytest.param("torch-export", ".pt2", marks=pytest.mark.slow),
+    ],
 )
 def test_both_decoders_go_into_an_exported_file(format: str, suffix: str, tmp_path: Path) -> None:
     model = made(adapt="lora", tile=32, overlap=8).eval()

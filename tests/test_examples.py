@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -25,16 +25,15 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py")))
-def test_example(name: str, made_data: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", str(EXAMPLES / name)]
-    done = subprocess.run(
-        [*command, *ARGUMENTS[name](made_data, tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+def test_example(
+    name: str,
+    made_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *ARGUMENTS[name](made_data, tmp_path)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     expected = {"custom_decoder.py": "cells on 300 x 200 px", "train_and_evaluate.py": "macro_f1"}
-    assert expected[name] in done.stdout
+    assert expected[name] in capsys.readouterr().out

@@ -61,8 +61,9 @@ def eager(model: CellTyper, images: Tensor) -> dict[str, np.ndarray[Any, Any]]:
     [
         # patch 14 on a grid that is not the embedding's, padded: 100 px are 8 patches of 14
         ("vit_small_patch14_dinov2", "linear", "lora"),
-        ("uni", "dpt", "frozen"),
-        ("virchow2", "linear", "frozen"),  # registers, SwiGLU
+        pytest.param("uni", "dpt", "frozen", marks=pytest.mark.slow),
+        # registers, SwiGLU
+        pytest.param("virchow2", "linear", "frozen", marks=pytest.mark.slow),
         # rotary position
         pytest.param("vit_small_patch16_dinov3", "linear", "full", marks=pytest.mark.slow),
     ],

@@ -111,6 +111,7 @@ class KilledError(Exception):
     """Stands for a process that ends between two steps."""
 
 
+@pytest.mark.slow
 def test_compiled_training_resumes_and_gives_the_weights_of_plain_training(
     tiny: Tiny,
     made_data: Path,
