@@ -28,10 +28,13 @@ import timm
 import yaml
 from conftest import made_sample
 from fenced import Block, blocks_of, commands_of, run_block
+from made_leaderboard import made_leaderboard
 from safetensors.torch import save_file
 
 import celltyper
 from celltyper.__main__ import cli
+from celltyper.benchmark.published import read_published
+from celltyper.benchmark.writing import differences_csv, leaderboard_csv
 from celltyper.cells.table import cells_table, read_cells, write_parquet
 from celltyper.checkpoints import load_model
 from celltyper.config import load_config, parse_config
@@ -153,6 +156,7 @@ def props(tmp_path_factory: pytest.TempPathFactory) -> Path:
     learns = ("decoder.name=linear", "instances.method=distance", "data.tile=64")
     steps = ("train.steps=60", "train.batch_size=2", "train.warmup=1", "train.lr=0.003")
     ends = ("train.validate_every=60", "infer.tile=128", "infer.overlap=16")
+    ends += ("calibration.min_cases=2",)
     data = {"data": {"root": str(root / "DATA")}}
     config = parse_config(data, [*made, *learns, *steps, *ends])
     train(config, root / "run", device="cpu", progress=False)
@@ -199,6 +203,8 @@ def place(props: Path, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(foreign, "card_from_timm", functools.cache(foreign.card_from_timm))
     monkeypatch.setattr("celltyper.config.load_config", small_config)
     monkeypatch.setattr("celltyper.protocols.load_protocol", small_protocol)
+    monkeypatch.setattr("celltyper.benchmark.spec.load_config", small_config)
+    monkeypatch.setattr("celltyper.benchmark.spec.load_protocol", small_protocol)
     return tmp_path
 
 
@@ -275,22 +281,36 @@ def tables_name_every_column(place: Path, names: dict[str, Any]) -> None:
         assert {name: str(arrays[name].dtype) for name in arrays} == {
             name: kind.partition(" ")[0] for name, kind in told.items()
         }
+    (place / "leaderboard.csv").write_text(leaderboard_csv(made_leaderboard()), "utf-8")
+    (place / "differences.csv").write_text(differences_csv(made_leaderboard()), "utf-8")
     for file in (
         *("out/infer.json", "cohort/infer.json", "cohort/a/slide.json", "cohort/slides.csv"),
         *("run/history.csv", "run/run.json"),
         *("scores/metrics.json", "scores/per_class.csv", "scores/per_image.csv"),
+        *("leaderboard.csv", "differences.csv"),
     ):
         path = place / file
         kind = "key" if path.suffix == ".json" else "column"
         text = path.read_text(encoding="utf-8")
-        own = json.loads(text) if kind == "key" else next(csv.reader(text.splitlines()))
+        own, *rows = [json.loads(text)] if kind == "key" else csv.reader(text.splitlines())
         told = table_of("docs/outputs.md", f"{kind} of `{path.name}`", "meaning")
         assert set(own) == set(told), file
+        assert {len(row) for row in rows} <= {len(own)}, file
+    scores = json.loads((place / "scores" / "metrics.json").read_text(encoding="utf-8"))
+    told = table_of("docs/outputs.md", "key of `calibration` in `metrics.json`", "meaning")
+    assert set(scores["calibration"]) == set(told)
     files = {path.name for path in (place / "run").iterdir()}
     assert files == set(table_of("docs/outputs.md", "file of a run", "meaning"))
 
 
+def published_figures_belong_somewhere(place: Path, names: dict[str, Any]) -> None:
+    """Those of the page are of datasets and protocols that its benchmark has."""
+    found = read_published(place / "lizard.yaml", "published.yaml", names["cells"])
+    assert [figure.value for figure in found] == [0.7159, 0.6426, 0.6844]
+
+
 AFTER = {
+    "docs/benchmark.md": published_figures_belong_somewhere,
     "docs/slides.md": same_region_either_way,
     "docs/export.md": same_cells_from_the_file,
     "docs/outputs.md": tables_name_every_column,
@@ -305,6 +325,7 @@ NOT_RUN = {
     ],
     "shows files": [
         ("README.md", "DATA/train/images/slide1_a.png RGB"),
+        ("docs/benchmark.md", "out/benchmark.json what is to be run"),
         ("docs/own-labels.md", "my-cells/"),
         ("docs/models.md", "summary: Finds nuclei in H&E"),
         ("docs/patches.md", "run/model.safetensors head, threshold, classes"),
@@ -323,10 +344,15 @@ NOT_RUN = {
     ],
     "needs a cluster (test_wholeslide_cluster.py starts one)": [
         ("docs/cluster.md", "$ CUDA_VISIBLE_DEVICES=0 dask worker ADDRESS --nthreads 2 &"),
+        ("docs/benchmark.md", "#!/bin/bash"),
         ("docs/cluster.md", "#!/bin/bash"),
         ("docs/cluster.md", "$ celltyper infer '/data/cohort/*.svs' -m /data/run -o /data/out"),
     ],
     "needs a GPU": [("docs/recipes.md", "$ celltyper train dpt -o run-3 ")],
+    "takes half a minute, and runs in test_benchmark.py": [
+        ("docs/benchmark.md", "$ celltyper benchmark mini -o mini # made data"),
+        ("docs/benchmark.md", "$ celltyper benchmark mini -o mini --plan"),
+    ],
     "takes seconds a file, and runs in test_export.py": [
         ("docs/export.md", "$ celltyper export run --format torchscript -o model.pt"),
     ],
