@@ -343,7 +343,7 @@ def test_process_opens_slide_and_model_once_in_all_its_threads(tmp_path: Path) -
     # another run on the same slide is another, but one model is at work at a time
     other = Sent.of(worker).worker()
     assert other is not found[0]
-    assert other._turn is found[0]._turn
+    assert other._turns is found[0]._turns
     sending.leave(packed.key)
     assert found[0].stop.is_set()
     assert not other.stop.is_set()

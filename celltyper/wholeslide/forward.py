@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import Event, Lock
+from threading import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from celltyper.tiling import Region, Tile, mirror
 from celltyper.types import Image
 from celltyper.wholeslide.embeddings import half_precision
 from celltyper.wholeslide.maps import dtype_of, quantise
+from celltyper.wholeslide.turns import Turns
 
 READERS = 2
 """Threads that decode the slide ahead of the model."""
@@ -50,7 +51,7 @@ def forward_tiles(
     batch_size: int,
     symmetries: int,
     precision: str,
-    turn: Lock,
+    turns: Turns,
     stop: Event,
     progress: Callable[[int], None],
     encoder: nn.Module | None = None,
@@ -73,8 +74,8 @@ def forward_tiles(
         Height and width of the slide at this resolution: beyond, it is mirrored.
     batch_size, symmetries, precision
         As in `celltyper.predict.predict_maps`.
-    turn : Lock
-        Held while the model runs: other threads read and write meanwhile.
+    turns : Turns
+        Of the process.
     stop : Event
         Looked at between batches.
     progress : callable
@@ -103,15 +104,16 @@ def forward_tiles(
     features: NDArray[np.float16] | None = None
     pooled: list[NDArray[np.float32]] = []
     seeing = model.encoder if pool else encoder
-    around, pixels = _pixels(slide, tiles, mpp, shape)
-    with turn:
+    with turns.beside():
+        around, pixels = _pixels(slide, tiles, mpp, shape)
+    with turns.block:
         for start in range(0, len(tiles), batch_size):
             if stop.is_set():
                 raise Stopped
             part = tiles[start : start + batch_size]
             windows = np.stack([pixels[t.read.seen_from(around).slices] for t in part])
             batch = torch.from_numpy(windows).to(model.device).permute(0, 3, 1, 2).float() / 255
-            with autocast(model.device, precision):
+            with turns.network(model.device), autocast(model.device, precision):
                 known = None if seeing is None else list(seeing(batch))
                 means = activated_maps(model, batch, symmetries, known)
             if known is not None and pool:

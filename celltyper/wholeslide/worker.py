@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from celltyper.wholeslide.embeddings import (
 from celltyper.wholeslide.forward import forward_tiles
 from celltyper.wholeslide.maps import STEPS, MapStore
 from celltyper.wholeslide.plan import LIMIT, Block, Plan
+from celltyper.wholeslide.turns import Turns
 
 MAPS_FOLDER = "maps.zarr"
 _PREDICTED = "predicted"
@@ -62,7 +63,7 @@ class ModelSource:
 
 
 # A process holds one model, whatever slides its threads are at.
-_TURN = Lock()
+_TURNS = Turns()
 
 
 @dataclass(eq=False)
@@ -104,14 +105,14 @@ class Worker:
     abstain: float | None = None
     stop: Event = field(default_factory=Event)
     progress: Callable[[int], None] = lambda _: None
-    _turn: Lock = field(default_factory=Lock)
+    _turns: Turns = field(default_factory=Turns)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "stop", "progress", "_turn", "_store")
+        own = ("model", "stop", "progress", "_turns", "_store")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, model=None, stop=Event(), progress=lambda _: None, _turn=_TURN)
+        vars(self).update(state, model=None, stop=Event(), progress=lambda _: None, _turns=_TURNS)
 
     def prepare(self) -> None:
         """Make the folders."""
@@ -161,15 +162,16 @@ class Worker:
             batch_size=self.batch_size,
             symmetries=self.symmetries,
             precision=self.precision,
-            turn=self._turn,
+            turns=self._turns,
             stop=self.stop,
             progress=self.progress,
             encoder=the_encoder(model) if self.embeddings else None,
             pool=model.domain is not None,
         )
-        self._maps().write(block, found.maps)
-        if found.features is not None:
-            self._maps().write_features(block, tiles, found.features)
+        with self._turns.beside():
+            self._maps().write(block, found.maps)
+            if found.features is not None:
+                self._maps().write_features(block, tiles, found.features)
         distances: list[float] = []
         if model.domain is not None and found.pooled is not None:
             # rounded: the last bits depend on what else was in the batch
@@ -184,6 +186,10 @@ class Worker:
 
     def decode(self, block: Block) -> int:
         """Write the cells that a block owns; gives their number. Needs the maps around it."""
+        with self._turns.beside():
+            return self._decode(block)
+
+    def _decode(self, block: Block) -> int:
         model, plan, store = self._model(), self.plan, self._maps()
         names = tuple(model.instances.maps)
         labels, region = decode_block(
