@@ -41,7 +41,6 @@ TILE, OVERLAP = 256, 64
 STEP = TILE - OVERLAP
 JPEG_TILE = 512
 WARM_UP = 1024
-BATCHES = 16
 CLASSES = ("neoplastic", "inflammatory", "connective")
 
 
@@ -159,8 +158,6 @@ def run(path: Path, output: Path, nuclei: int, vit: bool) -> dict[str, float]:
         encoder = load_encoder("vit_small_patch16", "random")
         network = CellTyper(encoder, "dpt", CLASSES).eval()
     model = CannedModel(nuclei, network)
-    # before and after: a machine that others use too is not always equally fast
-    alone = [] if network is None else _alone(network, model.batch_size)
     with open_slide(path) as slide:
         started, cpu = time.perf_counter(), time.process_time()
         tissue = tissue_mask(slide)
@@ -177,26 +174,26 @@ def run(path: Path, output: Path, nuclei: int, vit: bool) -> dict[str, float]:
         "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
     if network is not None:
-        alone += _alone(network, model.batch_size)
-        total = float(np.mean(alone)) / model.batch_size * facts["tiles"]
+        alone = _alone(network, model.batch_size, facts["tiles"])
         found |= {
             "model s": model.busy,
-            "model alone s": total,
-            "beside %": 100 * (1 - total / seconds),
+            "model alone s": alone,
+            "beside %": 100 * (1 - alone / seconds),
         }
     return found
 
 
-def _alone(network: nn.Module, batch_size: int) -> list[float]:
-    """Seconds of some batches when nothing else runs."""
-    times = []
+def _alone(network: nn.Module, batch_size: int, tiles: int) -> float:
+    """Seconds of so many tiles when nothing else runs.
+
+    Of all of them: the first seconds after a pause are faster than a processor can keep up.
+    """
+    images = torch.rand(batch_size, 3, TILE, TILE)
+    started = time.perf_counter()
     with torch.inference_mode():
-        for _ in range(BATCHES + 1):
-            images = torch.rand(batch_size, 3, TILE, TILE)
-            started = time.perf_counter()
+        for _ in range(tiles // batch_size):
             network(images)
-            times.append(time.perf_counter() - started)
-    return times[1:]  # the first one allocates
+    return (time.perf_counter() - started) * tiles / (tiles // batch_size * batch_size)
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 _PATIENCE = 0.2  # seconds until an interrupt is noticed
 _ANSWER = 10.0  # seconds that a scheduler has to answer
 _LOOK = 2.0  # seconds between looks at who works in a cluster
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 _GO_ON = "give the same command again: it goes on where it was"
 
 
@@ -401,6 +401,7 @@ def _give_memory_back() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_ARENA_MAX, 2)
         libc.mallopt(_M_MMAP_THRESHOLD, 16 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _end_with_parent() -> None:
