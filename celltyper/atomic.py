@@ -19,6 +19,11 @@ from celltyper.errors import CelltyperError, DataError, RunError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def is_draft(path: Path) -> bool:
+    """Whether a file is what `atomic_path` writes to; a process that is killed leaves some."""
+    return path.match(".*.tmp.*")
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; on success it becomes `path`, on failure it is removed.

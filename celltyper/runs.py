@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 
 from celltyper import __version__
-from celltyper.atomic import make_folder, write_text
+from celltyper.atomic import is_draft, make_folder, write_text
 from celltyper.config import Config, Encoder, Lora, Section, dump_config, load_config
 from celltyper.datasets import Dataset
 from celltyper.encoders import find_card
@@ -252,7 +252,7 @@ def difference(old: BaseModel, new: BaseModel) -> str:
 
 def _is_content(path: Path) -> bool:
     """Say whether a file was put there by anyone but a protocol or a killed write."""
-    return path.name not in (SPLIT_FILE, LOCK_FILE) and not path.match(".*.tmp.*")
+    return path.name not in (SPLIT_FILE, LOCK_FILE) and not is_draft(path)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ if __name__ == "__main__":
             try:
                 work(out)
                 status = 0
+            except Exception:  # noqa: BLE001 - said here, as a fork must not go on
+                traceback.print_exc()
             finally:
                 os._exit(status)
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:

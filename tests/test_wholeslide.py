@@ -172,9 +172,18 @@ def test_finished_blocks_are_not_done_again(labels: np.ndarray, tmp_path: Path) 
     plan = make_plan(model, slide, whole_slide(slide), block=160)  # type: ignore[arg-type]
     kept = sum(json.loads(file.read_text())["tiles"] for file in done)
     assert kept > 0
+    # what a process leaves that is killed while it writes a file
+    done[0].with_name(f".0123456789ab.tmp.{done[0].name}").touch()
     model.lives, before = 10**9, model.seen
     run(slide, tmp_path, model)
     assert model.seen - before == int(plan.run.sum()) - kept
+
+
+def test_killed_at_the_very_beginning(labels: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / ".0123456789ab.tmp.plan.json").touch()
+    assert run(made_slide(labels), tmp_path)["cells"] > 0
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from celltyper import __version__
-from celltyper.atomic import make_folder, write_json
+from celltyper.atomic import is_draft, make_folder, write_json
 from celltyper.benchmark import BENCHMARK_FILE
 from celltyper.benchmark.further import further_file, type_further
 from celltyper.benchmark.published import read_published
@@ -287,7 +287,8 @@ def check_output(output: Path, cells: Sequence[Cell]) -> None:
     """Refuse a folder of something else, and cells that were run with another config."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file; give a folder for the benchmark")
-    if output.is_dir() and any(output.iterdir()) and not (output / BENCHMARK_FILE).is_file():
+    begun = (output / BENCHMARK_FILE).is_file()
+    if output.is_dir() and not begun and not all(map(is_draft, output.iterdir())):
         raise ConfigError(f"{output} holds other files; give an empty or new folder")
     for cell in cells:
         was, now = read_end(output, cell.path), cell.about()

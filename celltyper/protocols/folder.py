@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from celltyper.atomic import make_folder, write_json
+from celltyper.atomic import is_draft, make_folder, write_json
 from celltyper.classification.config import PatchConfig
 from celltyper.config import Config, one_line, parse_config
 from celltyper.datasets import Dataset
@@ -58,7 +58,7 @@ def check_folder(
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file; give a folder for the protocol")
     # another process may be about to write the first file
-    if not output.is_dir() or all(path.match(".*.tmp.*") for path in output.iterdir()):
+    if not output.is_dir() or all(map(is_draft, output.iterdir())):
         return
     if not (output / PROTOCOL_FILE).is_file():
         raise ConfigError(f"{output} holds other files; give an empty or new folder")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from celltyper import __version__
-from celltyper.atomic import make_folder, write_json
+from celltyper.atomic import is_draft, make_folder, write_json
 from celltyper.calibration import ABSTAINED
 from celltyper.cells.colors import UNTYPED
 from celltyper.cells.geojson import write_geojson
@@ -308,7 +308,7 @@ def _begin(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[str,
         # its table is gone: what was made from it is of no use
         clear_folder(output)
     if not (work / PLAN_FILE).is_file():
-        if work.is_dir() and any(work.iterdir()):
+        if work.is_dir() and not all(map(is_draft, work.iterdir())):
             raise ConfigError(f"{work} is in the way; remove it or give another folder")
         make_folder(work)
         write_json(work / PLAN_FILE, identity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -138,15 +138,18 @@ class Worker:
 
     def damaged(self) -> list[Region]:
         """Damaged tiles of the slide met in all blocks and processes, full resolution."""
-        found = set(self.slide.damaged)
-        for file in (self.folder / _PREDICTED).glob("*.json"):
-            found |= {Region(*each) for each in json.loads(file.read_text())["damaged"]}
-        return sorted(found)
+        of_blocks = (Region(*each) for notes in self._notes() for each in notes["damaged"])
+        return sorted({*self.slide.damaged, *of_blocks})
 
     def distances(self) -> list[float]:
         """Distances of all tiles from the training images, if the model knows them."""
-        files = sorted((self.folder / _PREDICTED).glob("*.json"))
-        return [x for file in files for x in json.loads(file.read_text()).get("distances", [])]
+        return [x for notes in self._notes() for x in notes.get("distances", [])]
+
+    def _notes(self) -> Iterator[dict[str, Any]]:
+        """What was written beside the maps of the blocks that have them."""
+        # by name: a process that was killed leaves the drafts of files behind
+        for block in filter(self.is_predicted, self.plan.blocks):
+            yield json.loads(self._predicted(block).read_text(encoding="utf-8"))
 
     def predict(self, block: Block) -> int:
         """Write the maps of a block; gives the number of its tiles."""
