@@ -324,19 +324,50 @@ def task_of(source: str | Path) -> str:
 
 def _read(source: str | Path) -> tuple[Path, dict[str, Any]]:
     """Path of a config, and its values as they are written there."""
-    path, known = Path(source), recipes()
+    return read_named(source, "recipe", recipes(), "sections such as 'encoder:'")
+
+
+def read_named(
+    source: str | Path, kind: str, known: Mapping[str, Path], holds: str
+) -> tuple[Path, dict[str, Any]]:
+    """Read a YAML file, or one that comes with celltyper by its name.
+
+    Parameters
+    ----------
+    source : str or Path
+    kind : str
+        What it is: "recipe", "protocol".
+    known : mapping of str to Path
+        Those that come along.
+    holds : str
+        What a file of this kind must hold.
+
+    Returns
+    -------
+    path : Path
+        Where it was read.
+    values : dict
+
+    Raises
+    ------
+    ConfigError
+        If it is missing or unknown, or not YAML.
+    """
+    path = Path(source)
     if not path.is_file():
-        if path.suffix in {".yaml", ".yml"}:
-            raise ConfigError(f"config {path} does not exist; recipes: {', '.join(sorted(known))}")
+        if path.suffix in {".yaml", ".yml", ".json"}:
+            raise ConfigError(
+                f"{kind} {path} does not exist; those that come along: {', '.join(sorted(known))}"
+            )
         if str(source) not in known:
-            raise unknown_name("recipe", str(source), known)
+            raise unknown_name(kind, str(source), known)
         path = known[str(source)]
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold sections such as 'encoder:', got {values!r}")
+        raise ConfigError(f"{path} must hold {holds}, got {values!r}")
     return path, values
 
 

@@ -420,7 +420,7 @@ def test_wrong_recipe(tmp_path: Path, celltyper_command: Run) -> None:
     before = content(tmp_path)
     for config, *said in (
         ("unter", "unknown recipe 'unter'; did you mean 'unetr'?"),
-        (tmp_path / "none.yaml", "none.yaml does not exist; recipes:"),
+        (tmp_path / "none.yaml", "none.yaml does not exist; those that come along:"),
         (broken, broken, "cannot be read as YAML"),
         (listed, "must hold sections such as 'encoder:'"),
     ):

@@ -59,7 +59,7 @@ def test_wrong_overrides_name_the_key(overrides: list[str], said: str) -> None:
 def test_wrong_sources_say_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown recipe 'dmeo'; did you mean 'demo'"):
         load_config("dmeo")
-    with pytest.raises(ConfigError, match="does not exist; recipes: amibr-baseline"):
+    with pytest.raises(ConfigError, match="does not exist; those that come along: amibr-baseline"):
         load_config(tmp_path / "none.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from celltyper.classification.config import PatchConfig
@@ -19,8 +18,8 @@ from celltyper.config import (
     Section,
     first_problem,
     load_config,
-    one_line,
     parse_config,
+    read_named,
     recipes,
     task_of,
 )
@@ -215,21 +214,7 @@ def load_benchmark(
     ConfigError
         If the file is missing or not YAML, a key is unknown or a value is out of bounds.
     """
-    file, known = Path(source), benchmark_files()
-    if not file.is_file():
-        if file.suffix in {".yaml", ".yml", ".json"}:
-            raise ConfigError(
-                f"benchmark {file} does not exist; those that come along: {', '.join(known)}"
-            )
-        if str(source) not in known:
-            raise unknown_name("benchmark", str(source), known)
-        file = known[str(source)]
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read as YAML: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} must hold keys such as 'systems:', got {values!r}")
+    file, values = read_named(source, "benchmark", benchmark_files(), "keys such as 'systems:'")
     own = [o for o in overrides if re.split(r"[.=]", o.strip())[0] in Benchmark.model_fields]
     return (
         parse_config(values, own, Benchmark, where=str(file)),

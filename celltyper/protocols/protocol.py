@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from celltyper.config import Section, first_problem, one_line, parse_config, recipes
-from celltyper.errors import ConfigError, unknown_name
+from celltyper.config import Section, first_problem, parse_config, read_named, recipes
+from celltyper.errors import ConfigError
 
 FIXED = (
     *("root", "reader", "images", "skip_bad", "taxonomy", "classes", "positive"),
@@ -110,21 +109,7 @@ def load_protocol(source: str | Path) -> Protocol:
     ConfigError
         If the file is missing or not YAML, a key is unknown or a value is out of bounds.
     """
-    path, known = Path(source), protocol_files()
-    if not path.is_file():
-        if path.suffix in {".yaml", ".yml", ".json"}:
-            raise ConfigError(
-                f"protocol {path} does not exist; those that come along: {', '.join(known)}"
-            )
-        if str(source) not in known:
-            raise unknown_name("protocol", str(source), known)
-        path = known[str(source)]
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys such as 'folds:', got {values!r}")
+    path, values = read_named(source, "protocol", protocol_files(), "keys such as 'folds:'")
     try:
         return Protocol.model_validate(values)
     except ValidationError as error:
