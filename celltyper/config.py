@@ -61,6 +61,8 @@ class Lora(Section):
 class Encoder(Section):
     """Which encoder, from which weights, at which resolution, and what of it is trained.
 
+    ``weights`` is ``model:NAME`` for those of the encoder of a trained model, by name or path.
+
     ``mpp`` is the resolution at which the network sees the image, "card" the one it was trained
     at; images are scaled to it inside the model. By default they are taken as they are: scaled
     down to most cards' 0.5, a nucleus of 0.25 micrometres per pixel would be one patch.
@@ -201,10 +203,15 @@ class Calibrate(Section):
 
 
 class Config(Section):
-    """A whole run. Defaults live here only; a YAML holds what a recipe chooses."""
+    """A whole run. Defaults live here only; a YAML holds what a recipe chooses.
+
+    ``start`` is a trained model, by name or path: training starts from all its weights, and
+    encoder, decoder, instance method and resolution are its own.
+    """
 
     task: Literal["cells"] = "cells"
     seed: int = Field(0, ge=0)
+    start: Annotated[str, Field(min_length=1)] | None = None
     data: Data = Data()
     encoder: Encoder = Encoder()
     decoder: Decoder = Decoder()

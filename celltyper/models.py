@@ -19,6 +19,7 @@ from celltyper.encoders.adapt import Adapted
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import ConfigError
 from celltyper.instances import build_instances
+from celltyper.library.shelf import weights_of
 from celltyper.types import InstanceMethod, MapActivation, MapSpec
 
 PHENOTYPE = "phenotype"
@@ -338,7 +339,7 @@ def build_model(
     """
     encoder = load_encoder(
         config.encoder.name,
-        weights=config.encoder.weights,
+        weights=weights_of(config.encoder.weights),
         adapt=config.encoder.adapt,
         seed=config.seed,
         revision=config.encoder.revision,

@@ -25,6 +25,7 @@ from celltyper.encoders.lora import read_adapter
 from celltyper.errors import ConfigError
 from celltyper.labels import label_ids
 from celltyper.library.files import MODEL_FILE, RUN_FILE
+from celltyper.library.shelf import pinned, weights_of
 from celltyper.models import CellTyper
 
 CONFIG_FILE = "config.yaml"
@@ -132,10 +133,10 @@ def resolve_encoder(encoder: Encoder) -> Encoder:
     weights, revision = encoder.weights, encoder.revision
     if weights not in MADE_NAMES:
         # which commit it was, so that the run is pinned even where the card is not
-        file = find_weights(find_card(encoder.name), weights, revision)
+        file = find_weights(find_card(encoder.name), weights_of(weights), revision)
         revision = commit_of(file) or revision
-        if weights not in HUB_NAMES and Path(weights).exists():
-            weights = str(Path(weights).absolute())
+        if weights not in HUB_NAMES:
+            weights = pinned(weights)
     own = {"weights": weights, "revision": revision, "lora": _with_adapter(encoder.lora)}
     return encoder.model_copy(update=own)
 

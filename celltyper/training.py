@@ -25,9 +25,7 @@ from tqdm import tqdm
 
 from celltyper.atomic import write_json
 from celltyper.cache import cache_folder
-from celltyper.checkpoints import (
-    read_tensors,
-)
+from celltyper.checkpoints import read_tensors
 from celltyper.config import Config, Train
 from celltyper.datasets import Dataset, resample
 from celltyper.datasets.tiles import TileSampler
@@ -49,6 +47,7 @@ from celltyper.runs import (
     run_facts,
     start_folder,
 )
+from celltyper.starting import start_decoder, with_network_of
 from celltyper.targets import KeptTiles, Targets, TrainingTiles, view
 from celltyper.types import Sample
 
@@ -117,6 +116,10 @@ def train(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     model = build_model(config, parts.train.classes, config.data.mpp, parts.train.colors)
+    if config.start is not None:
+        new = start_decoder(model, config.start)
+        if new:
+            logger.info("%s does not know %s", config.start, ", ".join(new))
     samples = [_at_mpp(sample, config.data.mpp) for sample in samples]
     cache = feature_cache(config, model) if config.encoder.cache else None
     if cache is not None:
@@ -335,7 +338,11 @@ def resolve(config: Config, data: Dataset, resolutions: Iterable[float | None]) 
     ------
     DataError
         If the images are of several resolutions and the config chooses none.
+    ConfigError, CheckpointError
+        If weights, or the model to start from, cannot be had or do not fit.
     """
+    if config.start is not None:
+        config = with_network_of(config)
     mpp = config.data.mpp or data.mpp
     found = set(resolutions)
     if mpp is None and found != {None}:

@@ -103,6 +103,17 @@ def test_sampler_and_split_count_known_classes_only() -> None:
     assert nobody.tile(3).image.shape == (8, 8, 3)
 
 
+def test_nuclei_of_unknown_class_are_drawn_as_one_class_more() -> None:
+    image = np.full((64, 64, 3), 200, np.uint8)
+    labels = np.zeros((64, 64), np.int32)
+    labels[4:8, 4:8], labels[50:54, 50:54] = 1, 2
+    both = Sample(image, labels, np.array([0, 1, UNKNOWN], np.uint8), "both")
+    sampler = TileSampler([both], 9, balance=1.0, seed=0, random_share=0.0, jitter=0.0)
+    middles = [(place.row + 4, place.col + 4) for place in map(sampler.place, range(200))]
+    assert set(middles) == {(6, 6), (52, 52)}
+    assert 70 < middles.count((52, 52)) < 130
+
+
 def test_folder_keeps_it(tmp_path: Path) -> None:
     write_folder(tmp_path / "data", [sample("a"), sample("b")], CLASSES, 0.5)
     data = open_dataset(tmp_path / "data")

@@ -29,6 +29,7 @@ from celltyper.encoders import load_encoder
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import CheckpointError
 from celltyper.library.files import FORMAT, MODEL_FILE, check_format
+from celltyper.library.shelf import weights_of
 from celltyper.patches.table import PatchTable
 from celltyper.probes import Probe, load_probe
 
@@ -230,7 +231,7 @@ def build_embedder(config: PatchConfig, device: str | torch.device = "cpu") -> E
     """
     encoder = load_encoder(
         config.encoder.name,
-        weights=config.encoder.weights,
+        weights=weights_of(config.encoder.weights),
         adapt="frozen",
         seed=config.seed,
         revision=config.encoder.revision,

@@ -37,7 +37,7 @@ class TileSampler:
         Height and width of a tile in pixels.
     balance : float
         Classes are drawn in proportion to ``count ** (1 - balance)``: 0 as often as they occur, 1
-        equally often.
+        equally often. Nuclei of unknown class count as one class more.
     seed : int
         Not negative.
     random_share : float
@@ -93,16 +93,18 @@ class TileSampler:
             self.pixels += np.bincount(found[found != UNKNOWN], minlength=classes + 1)
             ids = label_ids(sample.labels)
             row = np.empty((len(ids), 4))
-            row[:, 0], row[:, 1] = position, sample.known_phenotypes[ids]
+            row[:, 0], row[:, 1] = position, sample.phenotypes[ids]
             row[:, 2:] = centroids(sample.labels)
             cells.append(row)
         table = np.concatenate(cells)
         self._shapes = np.array([sample.labels.shape for sample in self.samples], np.int64)
         areas = self._shapes.prod(axis=1, dtype=np.float64)
         self._image_share = np.cumsum(areas) / areas.sum()
-        self._by_class = [table[table[:, 1] == k + 1] for k in range(classes)]
-        self.cells = np.array([len(rows) for rows in self._by_class], np.int64)
-        wanted = np.where(self.cells > 0, np.maximum(self.cells, 1.0) ** (1 - balance), 0.0)
+        kinds = (*range(1, classes + 1), UNKNOWN)
+        self._by_class = [table[table[:, 1] == kind] for kind in kinds]
+        counts = np.array([len(rows) for rows in self._by_class], np.int64)
+        self.cells = counts[:-1]
+        wanted = np.where(counts > 0, np.maximum(counts, 1.0) ** (1 - balance), 0.0)
         self._class_share = np.cumsum(wanted) / max(wanted.sum(), 1.0)
 
     def tile(self, index: int) -> Tile:
@@ -125,13 +127,13 @@ class TileSampler:
     def place(self, index: int) -> Place:
         """Where the tile of this index is cut."""
         rng = default_rng(SeedSequence([self.seed, index]))
-        if not self.cells.any() or rng.random() < self._random_share:
+        if self._class_share[-1] == 0 or rng.random() < self._random_share:
             position = int(np.searchsorted(self._image_share, rng.random(), side="right"))
             spare = np.maximum(self._shapes[position] - self.size, 0)
             row, col = rng.integers(spare, endpoint=True)
         else:
             kind = int(np.searchsorted(self._class_share, rng.random(), side="right"))
-            cell = self._by_class[kind][rng.integers(self.cells[kind])]
+            cell = self._by_class[kind][rng.integers(len(self._by_class[kind]))]
             position = int(cell[0])
             away = rng.uniform(-0.5, 0.5, 2) * self._jitter * self.size
             spare = np.maximum(self._shapes[position] - self.size, 0)

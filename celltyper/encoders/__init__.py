@@ -36,6 +36,7 @@ _CARD_OPTIONS = (
     "interpolation",
     "scales",
     "depth",
+    "grid",
 )
 
 
@@ -62,7 +63,8 @@ def load_encoder(
         "auto" or "hub": the published weights. "random": the same architecture, random.
         "twin": a tiny random model of the same layout, for tests. Anything else is the path of
         a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, or of a folder of such files
-        (see `celltyper.encoders.hub.find_weights`). Nothing is ever random unless asked for.
+        (see `celltyper.encoders.hub.find_weights`); of a model that celltyper trained, its encoder
+        is taken. Nothing is ever random unless asked for.
     adapt : {"frozen", "lora", "dora", "full", "last-n", "bias", "norm"}
         What training may change; see `celltyper.encoders.adapt.adapt_encoder`.
     seed : int
@@ -83,7 +85,7 @@ def load_encoder(
         Recompute the blocks in the backward pass: less memory, about a third more time.
     **options
         Replace what the card says: feature_blocks, embedding, mean, std, input_size, resize,
-        interpolation, scales, depth.
+        interpolation, scales, depth, grid.
 
     Returns
     -------
@@ -114,15 +116,16 @@ def load_encoder(
         # random weights that are overwritten at once would take most of the time
         with nullcontext() if tensors is None else init_empty_weights():
             model = build_timm_model(card, twin=weights == "twin")
+        if card.depth is not None:
+            _cut(model, card, twin=weights == "twin")
         if tensors is not None:
             if card.family == "pyramid":
                 from celltyper.encoders.pyramid import in_timm_names
 
                 tensors = in_timm_names(tensors, model)
             from_hub = weights in ("auto", "hub")
-            load_weights(model, tensors, str(card.hub_id if from_hub else weights))
-        if card.depth is not None:
-            _cut(model, card, twin=weights == "twin")
+            source = str(card.hub_id if from_hub else weights)
+            load_weights(model, tensors, source, depth=card.depth)
         plain = _wrapped(model, card, magnify)
         encoder: nn.Module = plain
         if len(card.scales) > 1:

@@ -51,6 +51,8 @@ def build_timm_model(card: EncoderCard, *, twin: bool = False) -> Any:
             arguments[key] = _LAYERS[arguments[key]]
     if card.family == "vit":
         arguments["dynamic_img_size"] = True
+    if card.grid is not None:
+        arguments["img_size"] = card.grid * card.patch_size
     try:
         model = timm.create_model(card.timm_name, pretrained=False, num_classes=0, **arguments)
     except TypeError as error:

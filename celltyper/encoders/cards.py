@@ -57,6 +57,10 @@ class EncoderCard(BaseModel):
     depth : int or None
         Blocks that are kept, None for all: what lies behind is neither loaded nor run, and the
         final norm follows on the last that is kept.
+    grid : int or None
+        Side of the grid of learned positions, None for that of the architecture. Published weights
+        are resampled to it once; it is resampled to every image anyway. A finer one than images
+        have patches is bytes without use.
     embedding : {"cls", "mean", "cls+mean"}
         Pooled embedding: class token, mean of patch tokens, or both behind each other.
     scales : tuple of int
@@ -91,6 +95,7 @@ class EncoderCard(BaseModel):
     embed_dim: int = Field(ge=1)
     feature_blocks: Literal["quarters"] | tuple[int, ...] = "quarters"
     depth: int | None = Field(default=None, ge=1)
+    grid: int | None = Field(default=None, ge=2)
     embedding: EmbeddingRule = "cls"
     scales: tuple[int, ...] = (1,)
     licence: str = "unknown"
@@ -106,6 +111,8 @@ class EncoderCard(BaseModel):
             raise ValueError(f"scales must ascend from 1, got {self.scales}")
         if self.depth is not None and self.family != "vit":
             raise ValueError("depth is for plain vision transformers, this is a pyramid")
+        if self.grid is not None and self.family != "vit":
+            raise ValueError("grid is for plain vision transformers, this is a pyramid")
         return self
 
 

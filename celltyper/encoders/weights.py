@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +23,14 @@ _NESTS = ("teacher", "state_dict", "model", "student")
 # how a zip and a pickle begin
 _TORCH = (b"PK", b"\x80")
 
+# how the tensors of a model of celltyper are called
+_HEADS, _OWN = "heads.", "encoder.model."
+
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file.
+
+    Of a model that celltyper trained, they are those of its encoder.
 
     Parameters
     ----------
@@ -39,13 +45,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises
     ------
     CheckpointError
-        If the file is missing, unreadable, needs more than tensors, or holds none.
+        If the file is missing, unreadable, needs more than tensors, or holds none; if it is a
+        model without the weights of its encoder.
     """
     if not path.is_file():
         raise CheckpointError(f"weights file {path} does not exist; check encoder.weights")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _of_encoder(load_file(path), path)
         with path.open("rb") as file:
             start = file.read(4)
         if start and not start.startswith(_TORCH):
@@ -80,7 +87,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def _of_encoder(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Tensors of the encoder, if this is a model that celltyper trained."""
+    if not any(name.startswith(_HEADS) for name in tensors):
+        return tensors
+    own = {k.removeprefix(_OWN): v for k, v in tensors.items() if k.startswith(_OWN)}
+    if not own:
+        raise CheckpointError(
+            f"{path} is a model without the weights of its encoder, which was frozen or adapted: "
+            "'celltyper export RUN --format half --whole' writes one that has them"
+        )
+    return own
+
+
+def load_weights(
+    model: nn.Module, tensors: Mapping[str, Tensor], source: str, depth: int | None = None
+) -> None:
     """Put tensors into a timm model; every one must find its place.
 
     Foreign namings are recognised (see `celltyper.encoders.layouts.to_timm`), classifier and
@@ -96,6 +118,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         Weights in any published naming.
     source : str
         Where they come from, for messages.
+    depth : int, optional
+        Blocks that the model was cut to; those behind are left out of the tensors.
 
     Raises
     ------
@@ -104,6 +128,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     """
     expected = model.state_dict()
     found = to_timm(tensors, expected.keys())
+    if depth is not None:
+        found = {name: tensor for name, tensor in found.items() if _block(name) < depth}
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected))
     if missing or extra:
@@ -128,6 +154,12 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     empty = any(parameter.is_meta for parameter in model.parameters())
     values = {k: found[k].to(expected[k].dtype).contiguous() for k in expected}
     model.load_state_dict(values, assign=empty)
+
+
+def _block(name: str) -> int:
+    """Number of the block that a tensor belongs to, -1 if none."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 def _resample_position(model: Any, position: Tensor, source: str) -> Tensor:

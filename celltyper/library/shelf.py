@@ -21,6 +21,8 @@ logger = logging.getLogger("celltyper")
 
 _OF_A_RUN = (MODEL_FILE, PROTOCOL_FILE, "config.yaml")
 """What tells a folder of a run, finished or not, from any other."""
+OF_MODEL = "model:"
+"""How weights begin in a config that are those of a model."""
 HOW = "'celltyper models fetch URL_OR_HUB_ID' gets one, 'celltyper train' makes one"
 """How to come by a model, for messages."""
 
@@ -97,6 +99,49 @@ def find_model(model: str | Path | None = None) -> Path:
             f"'celltyper models' lists{hint}"
         )
     return named[0].folder if named else path
+
+
+def weights_of(weights: str) -> str:
+    """Say which file the weights are in, if they are those of a model.
+
+    Parameters
+    ----------
+    weights : str
+        ``encoder.weights`` or ``decoder.weights`` of a config: ``model:NAME`` is the model that
+        `find_model` finds by this name or path; anything else stays as it is.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such model.
+    """
+    if not weights.startswith(OF_MODEL):
+        return weights
+    found = find_model(weights.removeprefix(OF_MODEL))
+    return str(found / MODEL_FILE if found.is_dir() else found)
+
+
+def pinned(weights: str) -> str:
+    """Write down weights so that they are found from any folder.
+
+    Parameters
+    ----------
+    weights : str
+        As in `weights_of`.
+
+    Returns
+    -------
+    str
+        A path becomes absolute; the name of a model of box or cache stays, wherever they lie.
+    """
+    file = Path(weights_of(weights))
+    if any(kept.folder == file.parent for kept in list_models()):
+        return weights
+    return str(file.absolute()) if file.exists() else weights
 
 
 def results_folder(run: Path) -> Path:
