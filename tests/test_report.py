@@ -156,6 +156,17 @@ def test_per_class_table(page: Page) -> None:
     assert rows[CLASSES[1]] == ["2,000", "0.900", "–"]  # noqa: RUF001
 
 
+def test_intervals_are_explained_where_there_are_any() -> None:
+    plain = Table(("share", "right"), ((0.9, 0.8),), "Of nuclei.")
+    with_intervals = Table(("share", "right"), ((0.9, Metric("", 0.8, 0.7, 0.9, "")),), "Of cells.")
+    text = " ".join(
+        Page(render(full_report(tables={"a": plain, "b": with_intervals}))).text.split()
+    )
+    assert "Of cells. Small print: 95 % interval" in text
+    assert "Of nuclei." in text
+    assert "Of nuclei. Small print" not in text
+
+
 def test_confusion_moves_no_nucleus_last_and_gives_row_shares(page: Page) -> None:
     start = next(i for i, row in enumerate(page.rows) if row[0].startswith("reference"))
     assert page.rows[start][1:] == [*CLASSES, "no nucleus"]

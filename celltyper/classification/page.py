@@ -95,8 +95,6 @@ class Section:
     charts: Sequence[Chart] = ()
     html: Markup = field(default_factory=Markup)
     table: Table | None = None
-    intervals: bool = True
-    """Whether the table has intervals, which are explained below it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +261,7 @@ def mistakes_section(
         for i in kind.rows.tolist()
     ]
     table = Table(["patch", "label", "called", "probability of the class called"], rows)
-    return Section("Most certain mistakes", note, table=table if rows else None, intervals=False)
+    return Section("Most certain mistakes", note, table=table if rows else None)
 
 
 def _curves(tested: Mapping[str, Tested]) -> Section | None:
