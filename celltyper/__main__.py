@@ -184,7 +184,7 @@ def infer(
     options = {name: value for name, value in options.items() if name not in SLIDES_ONLY}
     from celltyper.inference import infer as run
 
-    folder = run(inputs, found, output, progress=not quiet, **options)
+    folder = run(inputs, found if model else None, output, progress=not quiet, **options)
     say(quiet, f"cells: {folder / 'cells.parquet'}")
 
 

@@ -46,6 +46,8 @@ from celltyper.wholeslide.folder import (
 
 logger = logging.getLogger("celltyper")
 
+BOX_MPP = 0.25
+"""Micrometres per pixel of images that state none, where no model is asked for by name."""
 CSV_FILE = "cells.csv"
 OVERLAY_FILE = "overlay.png"
 
@@ -83,7 +85,8 @@ def infer(
     output : str or Path
         Folder to write to.
     mpp : float or None
-        Micrometres per pixel of the images; None takes what the files say.
+        Micrometres per pixel of the images; None takes what the files say. Without a model by
+        name, files that say nothing are taken to have `BOX_MPP`, with a warning.
     device : str
         See `celltyper.predict.pick_device`.
     batch_size : int or None
@@ -115,7 +118,7 @@ def infer(
     ConfigError, CheckpointError
         For wrong input, before anything is written.
     """
-    output = Path(output)
+    output, assumed = Path(output), BOX_MPP if run is None else None
     run = find_model(run)
     paths = find_images(inputs)
     folders = {name: output if len(paths) == 1 else output / name for name in paths}
@@ -151,10 +154,18 @@ def infer(
             started = time.monotonic()
             try:
                 image, own_mpp = read_image(path)
+                known = own_mpp if mpp is None else mpp
+                if known is None and assumed is not None:
+                    logger.warning(
+                        "%s states no resolution: taken as %g micrometres per pixel, a 40x scan; "
+                        "say --mpp if it is another",
+                        name,
+                        assumed,
+                    )
                 prediction = predict_image(
                     model,
                     image,
-                    own_mpp if mpp is None else mpp,
+                    known or assumed,
                     batch_size=batch_size,
                     symmetries=symmetries,
                     precision=precision,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from celltyper.config import Augment, Config
 from celltyper.datasets.tiles import TileSampler
-from celltyper.errors import ConfigError
 from celltyper.features import Canvas
 from celltyper.losses import IGNORED, UNANNOTATED
 from celltyper.models import PHENOTYPE
@@ -131,11 +130,6 @@ class KeptTiles(torch.utils.data.Dataset[dict[str, Tensor]]):
         Features of the sampler's views.
     patch : int
         Side of a patch in pixels.
-
-    Raises
-    ------
-    ConfigError
-        If an image is smaller than a tile.
     """
 
     def __init__(
@@ -145,12 +139,6 @@ class KeptTiles(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.targets = targets
         self.canvases = canvases
         self.patch = patch
-        small = [s.name for s in sampler.samples if min(s.labels.shape) < sampler.size]
-        if small:
-            raise ConfigError(
-                f"image {small[0]!r} is smaller than a tile of {sampler.size} px, whose features "
-                f"encoder.cache keeps: lower data.tile or use encoder.cache=0"
-            )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Tensors of one tile, see `Targets`, and ``features.0``, ... (C, h, w) float32."""

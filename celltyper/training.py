@@ -135,6 +135,8 @@ def train(
         samples = [view(sample, which, config.augment) for sample in samples for which in views]
     # on kept features nothing is rotated, so no surroundings are needed
     side = round(SURROUND * config.data.tile) if cache is None else cache.rounded(config.data.tile)
+    if cache is not None:
+        check_sizes(samples, side)
     sampler = TileSampler(samples, side, config.data.balance, config.seed)
     state = Progress(digest=parameter_digest(model))
     tensors: dict[str, Tensor] = {}
@@ -212,6 +214,22 @@ def feature_cache(config: Config, model: CellTyper) -> FeatureCache:
         limit=int(config.encoder.cache_gb * 1e9),
         batch_size=config.infer.batch_size,
     )
+
+
+def check_sizes(samples: Iterable[Sample], tile: int) -> None:
+    """Refuse images that are smaller than a tile, of which there are no kept features.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first.
+    """
+    for sample in samples:
+        if min(sample.labels.shape) < tile:
+            raise ConfigError(
+                f"image {sample.name!r} is smaller than a tile of {tile} px, whose features "
+                "encoder.cache keeps: lower data.tile or use encoder.cache=0"
+            )
 
 
 def check_room(config: Config, cache: FeatureCache, shapes: Sequence[tuple[int, ...]]) -> None:
