@@ -9,10 +9,11 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from celltyper.atomic import atomic_path, make_folder
@@ -272,7 +273,7 @@ def write_prediction(
     )
     quantised = np.rint(prediction.probabilities * 255).astype(np.uint8)
     with atomic_path(folder / LABELS_FILE) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
+        _save_arrays(
             file,
             inst=prediction.labels,
             type=prediction.phenotype_map,
@@ -292,6 +293,14 @@ def write_prediction(
     write_csv(folder / CSV_FILE, table)
     write_parquet(folder / CELLS_FILE, table)
     return table
+
+
+def _save_arrays(file: BinaryIO, **arrays: NDArray[Any]) -> None:
+    """As `np.savez_compressed`, but in a third of the time, for a little more disk."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def read_predictions(folder: str | Path) -> list[Prediction]:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -35,16 +36,21 @@ def tool() -> ModuleType:
 
 
 def test_fields_of_unknown_resolution_have_nuclei_of_typical_size(tool: ModuleType) -> None:
-    labels = np.zeros((60, 60), np.int32)
+    labels = np.zeros((400, 400), np.int32)
     for i, side in enumerate((5, 10, 20)):
         labels[20 * i : 20 * i + side, :side] = i + 1
-    image = np.full((60, 60, 3), 255, np.uint8)
+    image = np.full((400, 400, 3), 255, np.uint8)
     field = Sample(image, labels, np.array([0, 1, 1, 1], np.uint8), "a" * 40)
     found = tool._of_typical_size(field)
     # the median has 100 px and is to have 25 square micrometres
     assert found.mpp == pytest.approx(0.5)
     assert found.phenotypes.tolist() == [0, UNKNOWN, UNKNOWN, UNKNOWN]
     assert found.name == "dsb-" + "a" * 16
+    # large nuclei: the field keeps 196 px
+    labels = np.zeros((400, 400), np.int32)
+    labels[:200, :200] = 1
+    large = tool._of_typical_size(replace(field, labels=labels, phenotypes=field.phenotypes[:2]))
+    assert large.mpp * 400 == pytest.approx(196 * 0.25)
 
 
 def predicted(name: str) -> Prediction:
@@ -57,16 +63,6 @@ def predicted(name: str) -> Prediction:
     for i in (0, 1):
         maps[:, labels == i + 1] = cells[i, :, None]
     return Prediction(labels, maps, cells, ("a", "b", "c"), 0.25, name)
-
-
-def test_teacher_names_only_what_it_is_sure_of(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tool, "predict_image", lambda model, image, mpp, name: predicted(name))
-    image = np.zeros((4, 8, 3), np.uint8)
-    (sample,) = tool.found_by(object(), [("x", "AMi-Br", image)])
-    assert sample.phenotypes.tolist() == [0, 1, UNKNOWN]
-    assert (sample.name, sample.group, sample.mpp) == ("x", "AMi-Br", 0.25)
 
 
 def test_classes_are_summed_where_another_dataset_has_others(tool: ModuleType) -> None:
@@ -87,7 +83,7 @@ def test_published_model_names_no_path(
         {"source": "Other", "images": 3, "score": "bpq", "value": 0.5}
         | {"low": 0.4, "high": 0.6, "apart": "source"}
     ]
-    tool.ship(run, made_data / "train", made_data / "val", rows, tmp_path / "box" / "nuclei")
+    tool.ship(run, made_data / "train", rows, tmp_path / "box" / "nuclei")
     folder = tmp_path / "box" / "nuclei"
     assert {p.name for p in folder.iterdir()} == {"model.safetensors", "run.json", "card.yaml"}
     _, header = read_tensors(folder / "model.safetensors")

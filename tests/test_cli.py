@@ -23,6 +23,8 @@ from PIL import Image as PillowImage
 import celltyper.demo
 from celltyper.__main__ import cli, main
 from celltyper.config import Config, dump_config, load_config, parse_config
+from celltyper.datasets import write_folder
+from celltyper.library.shelf import find_model
 from celltyper.training import train
 
 Tiny = Callable[..., Config]
@@ -360,17 +362,54 @@ def test_labels_of_another_program_score_one_against_themselves(
 
 @pytest.fixture
 def small_demo(tiny: Tiny, made_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo's recipe with the model and the steps of `tiny`."""
+    """The demo's recipe with the steps of `tiny`, on somewhat larger tiles."""
 
     def load(source: str, overrides: list[str]) -> Config:
         config = load_config(source, overrides)
-        small = tiny(config.data.root)  # type: ignore[arg-type]
-        sections = {
-            name: getattr(small, name) for name in ("encoder", "decoder", "data", "train", "infer")
-        }
+        small = tiny(config.data.root, "data.tile=98")  # type: ignore[arg-type]
+        sections = {name: getattr(small, name) for name in ("data", "train")}
         return parse_config(config.model_copy(update=sections).model_dump(mode="json"))
 
     monkeypatch.setattr(celltyper.demo, "load_config", load)
+
+
+def test_first_command_works_without_model_and_resolution(
+    image: Path, tmp_path: Path, celltyper_command: Run
+) -> None:
+    bare = tmp_path / "bare.png"
+    PillowImage.fromarray(np.asarray(PillowImage.open(image))).save(bare)
+    code, _, warned = celltyper_command("infer", bare, "-o", tmp_path / "out")
+    assert code == 0
+    assert (
+        "bare states no resolution: taken as 0.25 micrometres per pixel, a 40x scan; say" in warned
+    )
+    facts = strict_json(tmp_path / "out" / "infer.json")
+    assert facts["images"][0]["mpp"] == 0.25
+    assert facts["model"] == str(find_model())
+    assert celltyper.load_model().classes == ("neoplastic", "inflammatory", "connective")
+    # a model that was asked for has its own resolution, and so must the image
+    code, _, err = celltyper_command("infer", bare, "-m", "nuclei", "-o", tmp_path / "other")
+    assert (code, "pass --mpp" in err) == (2, True)
+
+
+def test_demo_has_both_models_side_by_side(
+    small_demo: None, made_data: Path, tmp_path: Path, celltyper_command: Run
+) -> None:
+    known = ("neoplastic", "inflammatory", "connective")
+    for part in ("train", "val", "test"):
+        data = celltyper.open_dataset(made_data / part)
+        write_folder(tmp_path / "data" / part, list(data), known, 0.5)
+    words = ("--quick", "--data", tmp_path / "data", "-o", tmp_path / "demo", "--device", "cpu")
+    code, said, _ = celltyper_command("demo", *words)
+    assert code == 0
+    assert {"box", "run", "report.html"} <= names(tmp_path / "demo")
+    rows = said[said.index("score  ") : said.index("report: ")].splitlines()
+    assert rows[0].split() == ["score", "in", "the", "box", "trained", "further"]
+    for folder, column in ((tmp_path / "demo" / "box", 1), (tmp_path / "demo", 5)):
+        scores = strict_json(folder / "metrics.json")["scores"]
+        assert rows[1].split()[0] == "detection_f1"
+        assert rows[1].split()[column] == f"{scores['detection_f1']['value']:.3f}"
+    assert max(map(len, rows)) <= 80
 
 
 @pytest.mark.usefixtures("small_demo")

@@ -170,6 +170,9 @@ def small_config(source: Any, overrides: Any = (), model: Any = None) -> Any:
     """`load_config`, but training takes two narrow steps, and weights of the hub are a twin's."""
     full = load_config(source, overrides, model)
     small = list(SMALL) if full.task == "cells" else []
+    if full.task == "cells" and full.start is not None:
+        # the network is that of the model to start from
+        return load_config(source, [*overrides, *small], model)
     if full.task == "cells" and full.decoder.name == "dpt":
         small.append("decoder.options.width=8")
     if full.encoder.weights in ("auto", "random"):
@@ -319,9 +322,11 @@ AFTER = {
 
 NOT_RUN = {
     "shows a session of minutes": [
-        ("README.md", "make demo # environment, real H&E, train, infer, eval, report"),
-        ("README.md", "$ celltyper train demo -o demo/run --set data.root=demo/data"),
+        ("README.md", "make demo # environment, real H&E, infer, train, eval, report"),
+        ("README.md", "$ celltyper infer demo/data/test/images -o demo/box --mpp 0.5"),
         ("docs/start.md", "$ git clone REPOSITORY celltyper && cd celltyper"),
+        ("docs/box.md", "$ python tools/train_box_model.py"),
+        ("docs/box.md", "$ python tools/bench_box.py"),
     ],
     "shows files": [
         ("README.md", "DATA/train/images/slide1_a.png RGB"),

@@ -1,23 +1,21 @@
-"""The model in the box, from openly licensed images alone: fields, teacher, tissue, student, card.
+"""The model in the box, from openly licensed images alone: fields, training, figures, card.
 
 python tools/train_box_model.py --data DATA --weights DINOV2_VITS14 -o work
 
-DATA holds dsb2018-he, ami-br and slides. A teacher (recipe consep) learns from the annotated
-fields and annotates tissue that nobody has; the student (recipe box) learns from both. Every step
-is kept in the output folder, and a second start goes on where the first one was.
+DATA holds dsb2018-he and ami-br; the histolytics fields are fetched. Every step is kept in the
+output folder, and a second start goes on where the first one was.
 
 --leave-out dsb2018-he: the same without a source, whose fields then are tested on.
---evaluate NAME=FOLDER: annotated images that the student is tested on, such as another dataset.
+--evaluate NAME=FOLDER: annotated images that the model is tested on, such as another dataset.
 --to celltyper/box: write the model there, with its card.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from celltyper.checkpoints import read_tensors, write_tensors
 from celltyper.classification.config import PatchConfig
 from celltyper.classification.training import train_patches
 from celltyper.config import load_config
-from celltyper.datasets import read_image, resample
+from celltyper.datasets import resample
 from celltyper.datasets.writing import write_folder
 from celltyper.evaluation import Summary, evaluate
 from celltyper.models import CellTyper
@@ -41,19 +39,17 @@ from celltyper.protocols import load_protocol, run_patch_protocol
 from celltyper.protocols.patch_writing import report_patch_protocol
 from celltyper.publishing import export_half
 from celltyper.readers.hgsc import CLASSES, demo_split, fetch_hgsc
-from celltyper.slides import open_slide
-from celltyper.tiling import Region
-from celltyper.types import UNKNOWN, Image, Prediction, Sample
+from celltyper.types import UNKNOWN, Prediction, Sample
 
 NAME = "nuclei"
 MPP = 0.25
 NUCLEUS = 25.0
 """Square micrometres of the median nucleus of a field whose resolution nobody knows."""
-WINDOWS, SIDE = 1152, 4
-"""Windows of AMi-Br that are taken, evenly over its slides; how many make the side of a field."""
-CERTAIN = 0.6
-"""Class probability below which a nucleus that the teacher found has no class for the student."""
-DSB, HGSC, AMIBR, CMU = "DSB 2018", "histolytics fields", "AMi-Br", "CMU-1 region"
+HGSC_MPP = 0.35
+"""Of the histolytics fields, which do not say: lymphocytes of 15 px are then 5 micrometres wide."""
+LEAST = 196
+"""Pixels that no field is made smaller than."""
+DSB, HGSC, AMIBR = "DSB 2018", "histolytics fields", "AMi-Br"
 SOURCES = {"dsb2018-he": DSB, "hgsc": HGSC}
 SCORES = ("detection_f1", "bpq")
 
@@ -68,37 +64,20 @@ def main() -> None:
     parser.add_argument("--evaluate", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--to", type=Path)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--teacher", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--student", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     work = options.output / (f"without-{options.leave_out}" if options.leave_out else "all")
     sources = [name for name in SOURCES if name != options.leave_out]
-    weights = f"encoder.weights={options.weights}"
-
     fields = _kept(work / "fields", lambda: annotated(options.data, sources, options.output))
-    teaching = [f"data.root={fields}", weights, "train.steps=600", "infer.symmetries=1"]
-    teacher = train(
-        load_config("consep", [*teaching, *options.teacher]),
-        work / "teacher",
-        device=options.device,
-        resume=True,
-    )
-    tissue = _kept(work / "tissue", lambda: found_by(load_model(teacher), unlabelled(options.data)))
-    everything = _kept(work / "everything", lambda: [*open_dataset(fields), *open_dataset(tissue)])
-    student = train(
-        load_config("box", [f"data.root={everything}", weights, *options.student]),
-        work / "student",
-        device=options.device,
-        resume=True,
-    )
-
+    own = [f"data.root={fields}", f"encoder.weights={options.weights}", *options.overrides]
+    run = train(load_config("box", own), work / "run", device=options.device, resume=True)
     tests = {name: Path(folder) for name, _, folder in map(_pair, options.evaluate)}
     if options.leave_out:
         left = [options.leave_out]
         name = SOURCES[options.leave_out]
         tests[name] = _kept(work / "left", lambda: annotated(options.data, left, options.output))
-    model = load_model(student)
+    model = load_model(run)
     found = {name: tested(model, folder) for name, folder in tests.items()}
     for name, summary in found.items():
         scores = ((score, summary.scores[score]) for score in SCORES)
@@ -107,7 +86,7 @@ def main() -> None:
     rows = [row for name, summary in found.items() for row in figures(name, summary)]
     write_json(work / "figures.json", rows)
     if options.to is not None:
-        ship(student, fields, tissue, _figures_of(options.output), options.to / NAME)
+        ship(run, fields, _figures_of(options.output), options.to / NAME)
         mitosis(options.data / "ami-br", options.to, work, options.device)
 
 
@@ -118,7 +97,8 @@ def annotated(data: Path, sources: Sequence[str], work: Path) -> list[Sample]:
         fields += [_of_typical_size(sample) for sample in open_dataset(data / "dsb2018-he")]
     if "hgsc" in sources:
         # what `make demo` validates and tests on stays apart
-        fields += list(open_dataset(demo_split(fetch_hgsc(), work / "hgsc").train))
+        hgsc = open_dataset(demo_split(fetch_hgsc(), work / "hgsc").train)
+        fields += [replace(sample, mpp=HGSC_MPP) for sample in hgsc]
     return [resample(sample, MPP) for sample in fields]
 
 
@@ -127,35 +107,8 @@ def _of_typical_size(sample: Sample) -> Sample:
     areas = np.bincount(sample.labels.ravel())[1:]
     phenotypes = np.where(sample.phenotypes > 0, UNKNOWN, 0).astype(np.uint8)
     mpp = float(np.sqrt(NUCLEUS / np.median(areas[areas > 0])))
+    mpp = max(mpp, MPP * LEAST / min(sample.labels.shape))
     return replace(sample, phenotypes=phenotypes, mpp=mpp, name=f"dsb-{sample.name[:16]}")
-
-
-def unlabelled(data: Path) -> Iterable[tuple[str, str, Image]]:
-    """Yield name, source and pixels, at `MPP`, of tissue without annotated nuclei."""
-    with (data / "ami-br" / "ami-br.csv").open(encoding="utf-8") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: (row["slide"], int(row["uid"])))
-    chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, WINDOWS).astype(int)]
-    files = {path.name: path for path in (data / "ami-br").glob("*/*.png")}
-    windows = [read_image(files[row["dataset_uid"]]).image for row in chosen]
-    for start in range(0, WINDOWS, SIDE * SIDE):
-        square = np.array(windows[start : start + SIDE * SIDE])
-        square = square.reshape(SIDE, SIDE, *square.shape[1:]).swapaxes(1, 2)
-        side = SIDE * square.shape[1]
-        yield f"amibr-{start:04d}", AMIBR, square.reshape(side, side, 3)
-    slide = open_slide(data / "slides" / "cmu-1-small-region.svs")
-    for row, col in np.ndindex(2, 2):
-        region = Region(600 + 2200 * row, 600 + 1500 * col, 1200, 1200)
-        yield f"cmu-{row}{col}", CMU, slide.read(region, MPP)
-
-
-def found_by(teacher: CellTyper, images: Iterable[tuple[str, str, Image]]) -> Iterable[Sample]:
-    """Annotate images by a model; where it is not sure of the class, there is none."""
-    for name, source, image in images:
-        prediction = predict_image(teacher, image, MPP, name=name)
-        sure = prediction.class_probabilities.max(axis=1, initial=0) >= CERTAIN
-        phenotypes = prediction.phenotypes
-        phenotypes[1:][~sure] = UNKNOWN
-        yield Sample(image, prediction.labels, phenotypes, name, source, MPP)
 
 
 def tested(model: CellTyper, folder: Path) -> Summary:
@@ -198,11 +151,11 @@ def figures(name: str, summary: Summary) -> list[dict[str, Any]]:
 _ESTIMATE = ("value", "low", "high")
 
 
-def ship(run: Path, fields: Path, tissue: Path, rows: list[dict[str, Any]], to: Path) -> None:
+def ship(run: Path, fields: Path, rows: list[dict[str, Any]], to: Path) -> None:
     """Write the model in half precision, without the paths of this machine, and its card."""
     export_half(run, to, whole=True, overwrite=True)
     (to / "config.yaml").unlink()
-    _publish(to, to, {}, card(fields, tissue, rows))
+    _publish(to, to, {}, card(fields, rows))
 
 
 def mitosis(data: Path, box: Path, work: Path, device: str) -> None:
@@ -271,18 +224,16 @@ def _publish(run: Path, to: Path, config: dict[str, Any], about: dict[str, Any])
     write_text(to / "card.yaml", yaml.safe_dump(about, sort_keys=False))
 
 
-def card(fields: Path, tissue: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def card(fields: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What a user must know of the model."""
-    by_hand, by_model = _counts(fields), _counts(tissue)
+    counts = _counts(fields)
     return {
         "summary": "Finds nuclei in H&E at 0.25 to 0.5 micrometres per pixel, outlines them, and "
         "calls them neoplastic, inflammatory or connective.",
         "licence": "Apache-2.0",
         "trained_on": [
-            _data(DSB, "CC0-1.0", by_hand, "outlines by hand, no classes"),
-            _data(HGSC, "BSD-3-Clause", by_hand, "outlines and classes by a model"),
-            _data(AMIBR, "MIT", by_model, "by a teacher, trained on the first two"),
-            _data(CMU, "CC0-1.0", by_model, "by a teacher, trained on the first two"),
+            _data(DSB, "CC0-1.0", counts, "outlines by hand, no classes"),
+            _data(HGSC, "BSD-3-Clause", counts, "outlines and classes by a model"),
             {
                 "source": "LVD-142M",
                 "licence": "weights of DINOv2 under Apache-2.0",
@@ -306,8 +257,7 @@ def _counts(folder: Path) -> dict[str, tuple[int, int]]:
     """Count images and nuclei by source."""
     found: dict[str, tuple[int, int]] = {}
     for sample in open_dataset(folder):
-        source = sample.group if sample.group in (AMIBR, CMU) else None
-        source = source or (DSB if sample.name.startswith("dsb-") else HGSC)
+        source = DSB if sample.name.startswith("dsb-") else HGSC
         images, nuclei = found.get(source, (0, 0))
         found[source] = images + 1, nuclei + len(np.unique(sample.labels)) - 1
     return found
