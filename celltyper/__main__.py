@@ -164,6 +164,8 @@ def infer(
     from celltyper.library.shelf import find_model
 
     found = find_model(model)
+    if model is None:
+        say(quiet, f"model: {found.name}, of the box")
     from celltyper.checkpoints import task_of_run
 
     if task_of_run(found) == "patches":

@@ -219,9 +219,9 @@ def test_a_model_of_the_box_from_export_to_report(
     assert Path("box/nuclei/card.yaml").read_bytes() == Path("run/card.yaml").read_bytes()
 
     image = next((made_data / "test" / "images").iterdir())
-    code, _, err = celltyper_command("infer", image, "-o", "out", "--mpp", "0.5")
+    code, said, err = celltyper_command("infer", image, "-o", "out", "--mpp", "0.5")
     assert code == 0, err
-    assert "model: nuclei, of the box" in err
+    assert "model: nuclei, of the box" in said
     for name, out in (("nuclei", "named"), ("box/nuclei", "path")):
         assert celltyper_command("infer", image, "-m", name, "-o", out, "--mpp", 0.5).code == 0
     tables = {Path(out, "cells.csv").read_bytes() for out in ("out", "named", "path")}

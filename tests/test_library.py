@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,7 +156,7 @@ def test_the_folder_of_a_protocol_is_a_run(places: tuple[Path, Path]) -> None:
 
 
 def test_without_a_name_it_is_the_first_of_the_box_that_finds_cells(
-    places: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+    places: tuple[Path, Path],
 ) -> None:
     box, cache = places
     put(cache / "aaa")
@@ -170,8 +169,7 @@ def test_without_a_name_it_is_the_first_of_the_box_that_finds_cells(
     assert "; by name there are atypical, aaa; " in text
     assert "'celltyper models fetch URL_OR_HUB_ID' gets one" in text
     second, first = put(box / "nuclei"), put(box / "cells")
-    with caplog.at_level(logging.INFO, logger="celltyper"):
-        assert find_model() == first
+    assert find_model() == first
     assert find_model("nuclei") == second
     assert [kept.name for kept in list_models()] == ["atypical", "cells", "nuclei", "aaa"]
 

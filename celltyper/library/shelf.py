@@ -7,7 +7,6 @@ name of the folder is its name.
 
 from __future__ import annotations
 
-import logging
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import Literal, NamedTuple
 from celltyper.cache import cache_folder
 from celltyper.errors import CheckpointError, ConfigError
 from celltyper.library.files import MODEL_FILE, PROTOCOL_FILE, read_header
-
-logger = logging.getLogger("celltyper")
 
 _OF_A_RUN = (MODEL_FILE, PROTOCOL_FILE, "config.yaml")
 """What tells a folder of a run, finished or not, from any other."""
@@ -173,7 +170,6 @@ def results_folder(run: Path) -> Path:
 def _default() -> Path:
     for kept in _models_in("box", box_folder()):
         if read_header(kept.folder / MODEL_FILE).get("task", "cells") == "cells":
-            logger.info("model: %s, of the box", kept.name)
             return kept.folder
     names = ", ".join(kept.name for kept in list_models())
     here = f"by name there are {names}; " if names else ""
