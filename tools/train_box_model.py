@@ -201,7 +201,7 @@ def mitosis(data: Path, box: Path, work: Path, device: str) -> None:
         "limits": [
             "It does not find mitoses: windows must hold one in the middle.",
             "An encoder trained for mitoses is much better: recipe mitosis.",
-            "Human breast cancer, scanners of three makers.",
+            "It was tried on the data of its own study alone, by folds of slides.",
         ],
         "not_for": ["diagnosis", "grading", "any decision about a patient"],
     }
@@ -244,10 +244,10 @@ def card(fields: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "figures": rows,
         "limits": [
             "All classes come from two fields of one ovarian carcinoma, labelled by a model: "
-            "elsewhere they are a first guess, and benign epithelium is called neoplastic.",
-            "Of small dense nuclei some are missed, crowded ones are joined.",
-            "Ink, folds and burnt tissue are taken for nuclei here and there.",
-            "Trained on H&E of a few scanners; nothing is known of other stains.",
+            "elsewhere a first guess, not scored; benign epithelium has no class.",
+            "Pale nuclei are missed, and outlines of small nuclei are poor.",
+            "Black margins of a picture and ink are found as nuclei here and there.",
+            "Most of the fields by hand hold little eosin; other stains were not tried.",
         ],
         "not_for": ["diagnosis", "any decision about a patient", "fluorescence", "cytology"],
     }
