@@ -93,7 +93,8 @@ def test_everything_comes_back_and_zarr_sees_the_same(tmp_path: Path) -> None:
         assert isinstance(labels, zarr.Array)
         np.testing.assert_array_equal(image[:], sample.image)
         np.testing.assert_array_equal(labels[:], sample.labels)
-        assert (image.dtype, labels.dtype) == (np.uint8, np.int32)
+        assert image.dtype == np.uint8
+        assert labels.dtype == (np.int32 if sample.name == "a" else np.uint16)
         assert image.shards is not None
         assert labels.shards is not None
         assert [type(c).__name__ for c in labels.compressors] == ["BloscCodec"]
@@ -104,21 +105,22 @@ def test_everything_comes_back_and_zarr_sees_the_same(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("kept", [2**28, 0])
 @pytest.mark.parametrize("cache", [0, 2**29])
 def test_windows_are_slices_over_chunks_and_shards(
-    compress: bool, cache: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: int, cache: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks of at most 17, 24 px, files of at most 48 px, so that windows cross all of them."""
     monkeypatch.setattr(store, "RAW_CHUNK", 24)
     monkeypatch.setattr(store, "LABEL_CHUNK", 17)
     monkeypatch.setattr(store, "SHARD", 48)
+    monkeypatch.setattr(store, "LABELS_KEPT", kept)
     monkeypatch.setattr(reader, "LABEL_CACHE", cache)
     rng = np.random.default_rng(0)
     sample = made("a", shape=(101, 67), top=70_000)
     ids = np.array([0, 3, 4, 70_000], np.int32)
     sample = replace(sample, labels=ids[rng.integers(0, 4, (101, 67))])
-    out = write_store(tmp_path / "s.zarr", [Source(of([sample], tmp_path), "x")], compress=compress)
+    out = write_store(tmp_path / "s.zarr", [Source(of([sample], tmp_path), "x")])
     assert len(list((out / "labels").rglob("c/*/*"))) > 4
     data = open_dataset(out)
     again = pickle.loads(pickle.dumps(data))
@@ -138,6 +140,19 @@ def test_windows_are_slices_over_chunks_and_shards(
             data.read_window("a", *window)
     with pytest.raises(DataError, match="no image 'z'"):
         data.read_window("z", 0, 0, 1, 1)
+
+
+def test_labels_beyond_what_a_reader_keeps_are_not_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [made(n, i) for i, n in enumerate("abc")]
+    monkeypatch.setattr(store, "LABELS_KEPT", 2 * samples[0].labels.size)
+    out = write_store(tmp_path / "s.zarr", [Source(of(samples, tmp_path), "x")])
+    root = zarr.open_group(out, mode="r")
+    coded = [len(root[f"labels/{i:06d}"].compressors) for i in range(3)]  # type: ignore[union-attr]
+    assert coded == [1, 1, 0]
+    for sample in samples:
+        same(open_dataset(out)[sample.name], sample)
 
 
 def test_windows_of_other_layouts(folder: Path) -> None:
@@ -328,7 +343,7 @@ def truncate(file: Path, keep: int) -> None:
     [
         lambda out: (out / "labels/000001/c/0/0").unlink(),
         lambda out: truncate(out / "labels/000001/c/0/0", 10),
-        lambda out: truncate(out / "labels/000001/c/0/0", 200),
+        lambda out: truncate(out / "labels/000001/c/0/0", 100),
         lambda out: truncate(out / "image/000001/c/0/0/0", 0),
         lambda out: truncate(out / "image/000001/c/0/0/0", 5000),
         lambda out: (out / "labels/000001/zarr.json").write_text("{"),

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 
+from celltyper.datasets import store
 from celltyper.datasets.merging import merge_datasets
 from celltyper.datasets.store import Source, write_store
 from celltyper.readers import open_dataset
@@ -85,16 +86,11 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     """Write, read, compare."""
     once = open_dataset(args.data)
     copies = [replace(once, name=f"copy{i}") for i in range(args.copies)]
-    start = time.perf_counter()
     sources = [Source(c, "auto") for c in copies]
-    write_store(folder / "s.zarr", sources, progress=False)
-    seconds = time.perf_counter() - start
-    write_store(folder / "raw.zarr", sources, compress=False, progress=False)
     (folder / "npy").mkdir()
     shapes: dict[str, tuple[int, int]] = {}
     files = {}
-    merged = merge_datasets(copies)
-    for i, sample in enumerate(merged):
+    for i, sample in enumerate(merge_datasets(copies)):
         image, labels = (folder / "npy" / f"{kind}{i}.npy" for kind in ("image", "labels"))
         np.save(image, sample.image)
         np.save(labels, sample.labels)
@@ -102,9 +98,13 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
         height, width = sample.labels.shape
         shapes[sample.name] = height, width
     pixels = sum(h * w for h, w in shapes.values())
-    print(f"{len(shapes)} images, {pixels / 1e6:.0f} Mpx, written in {seconds:.1f} s")
-    sizes = [f"{name} {size(folder / name):.0f} MB" for name in ("npy", "s.zarr", "raw.zarr")]
-    print(", ".join(sizes))
+    kept = {"all.zarr": pixels, "quarter.zarr": pixels // 4}
+    start = time.perf_counter()
+    for name, store.LABELS_KEPT in kept.items():
+        write_store(folder / name, sources, progress=False)
+    seconds = (time.perf_counter() - start) / len(kept)
+    print(f"{len(shapes)} images, {pixels / 1e6:.0f} Mpx, a store written in {seconds:.1f} s")
+    print(", ".join(f"{name} {size(folder / name):.0f} MB" for name in ("npy", *kept)))
     side = args.side
 
     def mapped() -> Callable[[str, int, int], object]:
@@ -117,12 +117,13 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
 
         return cut
 
-    def stored(name: str = "s.zarr") -> Callable[[str, int, int], object]:
+    def stored(name: str) -> Callable[[str, int, int], object]:
+        reader.LABEL_CACHE = 2 * kept[name]
         data = open_dataset(folder / name)
         return lambda name, row, col: data.read_window(name, row, col, side, side)
 
     def through_zarr() -> Callable[[str, int, int], object]:
-        root = zarr.open_group(folder / "s.zarr", mode="r")
+        root = zarr.open_group(folder / "all.zarr", mode="r")
         arrays = {n: (root[f"image/{i:06d}"], root[f"labels/{i:06d}"]) for i, n in enumerate(files)}
         return lambda name, row, col: [
             a[row : row + side, col : col + side]
@@ -131,37 +132,30 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
 
     everything = {
         "memory-mapped npy": mapped,
-        "store": stored,
-        "store, labels not compressed": lambda: stored("raw.zarr"),
+        "store": lambda: stored("all.zarr"),
+        "store of four times what is kept": lambda: stored("quarter.zarr"),
     }
-    limits = {
-        "all labels fit the cache": 2**40,
-        "a quarter of the labels fits": pixels * 2 // 4,
-        "no cache": 0,
-    }
-    check = places(shapes, side, 50, 99)
-    for crop in check:
-        for one, other in zip(mapped()(*crop), stored()(*crop), strict=True):  # type: ignore[call-overload]
-            np.testing.assert_array_equal(one, other)
-    print(f"| regime | {' | '.join(everything)} |\n|---|" + "---|" * len(everything))
-    for regime, limit in limits.items():
-        reader.LABEL_CACHE = limit
-        cuts = {way: make() for way, make in everything.items()}
-        for cut in cuts.values():  # until what can be kept is kept
-            clock(cut, places(shapes, side, 60 * len(shapes), 1))
-        times: dict[str, list[float]] = {way: [] for way in cuts}
-        for r in range(args.rounds):
-            for way, cut in cuts.items():
-                times[way].append(clock(cut, places(shapes, side, args.crops, 10 + r)))
-        print(row(regime, times))
+    for crop in places(shapes, side, 50, 99):
+        first, *others = (make()(*crop) for make in everything.values())
+        for other in others:
+            for one, two in zip(first, other, strict=True):  # type: ignore[call-overload]
+                np.testing.assert_array_equal(one, two)
+    print(f"| files | {' | '.join(everything)} |\n|---|" + "---|" * len(everything))
+    cuts = {way: make() for way, make in everything.items()}
+    for cut in cuts.values():  # until what can be kept is kept
+        clock(cut, places(shapes, side, 60 * len(shapes), 1))
+    times: dict[str, list[float]] = {way: [] for way in cuts}
+    for r in range(args.rounds):
+        for way, cut in cuts.items():
+            times[way].append(clock(cut, places(shapes, side, args.crops, 10 + r)))
+    print(row("in memory", times))
     del cuts, cut
-    reader.LABEL_CACHE = limits["all labels fit the cache"]
     times = {way: [] for way in everything}
     for r in range(args.rounds):
         for way, make in everything.items():
             forget(folder)
             times[way].append(clock(make(), places(shapes, side, len(shapes), 50 + r)))
-    print(row("files on disk only, opened just now", times))
+    print(row("on disk only, opened just now", times))
     cut = through_zarr()
     print(f"through zarr's own indexing: {clock(cut, places(shapes, side, 100, 5)):.0f} us")
 

@@ -41,9 +41,6 @@ def data() -> None:
 @click.argument("sources", nargs=-1, required=True, type=PATH, metavar="SRC...")
 @click.option("-o", "--output", type=PATH, required=True, help="Store to write, OUT.zarr.")
 @click.option("--mpp", type=float, help="Micrometres per pixel.  [default: as the data say]")
-@click.option(
-    "--no-compress", is_flag=True, help="Labels as they are: more disk, faster beyond 270 Mpx."
-)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier store.")
 @reading
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only errors.")
@@ -51,7 +48,6 @@ def prepare(
     sources: tuple[Path, ...],
     output: Path,
     mpp: float | None,
-    no_compress: bool,
     overwrite: bool,
     reader: str,
     taxonomy: Path | None,
@@ -78,7 +74,6 @@ def prepare(
             output,
             opened,
             settings=settings,
-            compress=not no_compress,
             overwrite=overwrite,
             progress=not quiet,
         )

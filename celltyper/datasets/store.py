@@ -6,13 +6,16 @@
       zarr.json                  attribute 'celltyper': names, groups, splits, classes, provenance
       image/000000               (H, W, 3) uint8, not compressed: that saves a quarter and reads
                                  several times slower (docs/benchmarks/store.md)
-      labels/000000              (H, W) int32, blosc; attribute 'phenotypes': ids and their classes
+      labels/000000              (H, W) uint16, or int32 where ids need it; attribute 'phenotypes':
+                                 ids and their classes. blosc as far as a reader keeps them decoded,
+                                 as they are beyond
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from celltyper import __version__
@@ -41,6 +45,9 @@ LABEL_CHUNK = 256
 """Largest side of a chunk; where it must be decoded, less of what a tile does not need."""
 SHARD = 4096
 """Largest side of what is one file."""
+LABELS_KEPT = 2**28
+"""Pixels whose labels a reader keeps decoded, and so how many `write_store` compresses: decoding a
+window anew costs three times as much as copying it."""
 _DONE = ".done"
 
 
@@ -57,7 +64,6 @@ def write_store(
     sources: Sequence[Source],
     *,
     settings: Mapping[str, object] | None = None,
-    compress: bool = True,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -76,9 +82,6 @@ def write_store(
         Put together as `merge_datasets` does.
     settings : mapping, optional
         What else the content depends on and should be kept as provenance; JSON values.
-    compress : bool
-        Labels by blosc, a thirtieth of the size. Windows of more labels than the reader keeps
-        (270 megapixels) come three times faster without.
     overwrite : bool
         Replace a store, or an empty folder, that is there.
     progress : bool
@@ -103,9 +106,8 @@ def write_store(
 
     path = Path(path)
     _check_free(path, overwrite)
-    settings = {**(settings or {}), "compress": compress}
     data = merge_datasets([source.dataset for source in sources])
-    stamps = _stamps(sources, data, settings)
+    stamps = _stamps(sources, data, settings or {})
     make_folder(path.parent)
     work = path.with_name(f".{path.name}.partial")
     try:
@@ -115,9 +117,9 @@ def write_store(
             (work / _DONE).mkdir(parents=True, exist_ok=True)
             root = zarr.open_group(work, mode="a", zarr_format=3)
             groups = {kind: root.require_group(kind) for kind in ("image", "labels")}
-            records = _write_images(work, groups, data, stamps, compress, progress)
+            records = _write_images(work, groups, data, stamps, progress)
             _remove_others(work, len(data))
-            root.attrs[ATTRIBUTE] = _about(path, data, sources, settings, records)
+            root.attrs[ATTRIBUTE] = _about(path, data, sources, settings or {}, records)
             shutil.rmtree(work / _DONE)
             _put(work, path)
     except OSError as error:
@@ -178,11 +180,11 @@ def _write_images(
     groups: Mapping[str, zarr.Group],
     data: Dataset,
     stamps: Mapping[str, str],
-    compress: bool,
     progress: bool,
 ) -> list[dict[str, Any]]:
     """Write every image that is not done yet; give the records of all."""
-    records = []
+    records: list[dict[str, Any]] = []
+    pixels = 0
     bar = tqdm(
         enumerate(data.names),
         total=len(data),
@@ -197,7 +199,8 @@ def _write_images(
         if record is None:
             marker.unlink(missing_ok=True)
             sample = data.read(name)
-            _write_sample(groups, f"{i:06d}", sample, data.classes, compress)
+            kept = pixels + sample.labels.size <= LABELS_KEPT
+            _write_sample(groups, f"{i:06d}", sample, data.classes, compress=kept)
             record = {
                 "name": name,
                 "group": data.groups[name],
@@ -207,6 +210,7 @@ def _write_images(
             }
             write_json(marker, {"stamp": stamps[name], "record": record})
         records.append(record)
+        pixels += math.prod(record["shape"])
     return records
 
 
@@ -215,6 +219,7 @@ def _write_sample(
     key: str,
     sample: Sample,
     classes: Sequence[str],
+    *,
     compress: bool,
 ) -> None:
     from zarr.codecs import BloscCodec, BloscShuffle
@@ -229,16 +234,17 @@ def _write_sample(
         )
     blosc = BloscCodec(cname="lz4", clevel=9, shuffle=BloscShuffle.noshuffle)
     table: dict[str, Any] = {"ids": ids.tolist(), "classes": found.tolist()}
+    labels = sample.labels.astype(np.uint16) if ids.max(initial=0) < 2**16 else sample.labels
     coding = (LABEL_CHUNK, blosc) if compress else (RAW_CHUNK, None)
     attributes: dict[str, Any]
     for kind, pixels, largest, compressors, attributes in (
         ("image", sample.image, RAW_CHUNK, None, {}),
-        ("labels", sample.labels, *coding, {"phenotypes": table}),
+        ("labels", labels, *coding, {"phenotypes": table}),
     ):
-        chunks = [_even(side, largest) for side in sample.labels.shape]
+        chunks = [_even(side, largest) for side in labels.shape]
         shards = [
             chunk * min(SHARD // chunk, -(-side // chunk))
-            for chunk, side in zip(chunks, sample.labels.shape, strict=True)
+            for chunk, side in zip(chunks, labels.shape, strict=True)
         ]
         channels = pixels.shape[2:]
         array = groups[kind].create_array(

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celltyper.datasets.dataset import Dataset, Window, check_window
-from celltyper.datasets.store import ATTRIBUTE, FORMAT, is_store
+from celltyper.datasets.store import ATTRIBUTE, FORMAT, LABELS_KEPT, is_store
 from celltyper.errors import DataError
 from celltyper.types import Sample
 
 TREE = "OUT.zarr/zarr.json with image/ and labels/, as 'celltyper data prepare' writes it"
-LABEL_CACHE = 512 * 2**20
+LABEL_CACHE = 2 * LABELS_KEPT
 """Decoded labels that are kept, bytes; in every process that reads."""
 _OPEN_IMAGES = 4096
 _EMPTY = 2**64 - 1
