@@ -55,7 +55,7 @@ def test_prepare_makes_one_store_of_several_folders(
 def test_prepare_says_how_to_go_on(
     made_data: Path, tmp_path: Path, celltyper_command: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store, "_write_sample", interrupt)
