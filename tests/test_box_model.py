@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import yaml
+from skimage.color import rgb2lab
 
 from celltyper.checkpoints import load_model, read_tensors
 from celltyper.config import Config
@@ -51,6 +52,48 @@ def test_fields_of_unknown_resolution_have_nuclei_of_typical_size(tool: ModuleTy
     labels[:200, :200] = 1
     large = tool._of_typical_size(replace(field, labels=labels, phenotypes=field.phenotypes[:2]))
     assert large.mpp * 400 == pytest.approx(196 * 0.25)
+
+
+def test_tissue_gets_the_colors_of_a_known_stain(tool: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    pale = rng.normal((220, 200, 215), 8, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+    dark = rng.normal((120, 70, 140), 20, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+    pale[:10] = 0  # outside its slide
+    changed = tool.stained_like(pale, tool.colors(dark))
+    assert (changed[:10] == 0).all()
+    means, deviations = (
+        [getattr(rgb2lab(image), how)(axis=(0, 1)) for image in (changed[10:], dark)]
+        for how in ("mean", "std")
+    )
+    np.testing.assert_allclose(*means, atol=1)
+    np.testing.assert_allclose(*deviations, atol=1)
+
+
+def test_labels_of_a_teacher(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mitotic figure in the middle of a window, a doubtful nucleus, one on black, a sure one."""
+    labels = np.zeros((512, 512), np.int32)
+    cells = {1: (60, 60), 2: (20, 20), 3: (20, 240), 4: (20, 400)}
+    for i, (row, col) in cells.items():
+        labels[row : row + 8, col : col + 8] = i
+    chances = np.array(
+        [[0, 0.1, 0.9, 0], [0.1, 0.45, 0.45, 0], [0, 0.9, 0.1, 0], [0.3, 0, 0.1, 0.6]], np.float32
+    )
+    image = np.full((512, 512, 3), 200, np.uint8)
+    image[:128, 236:256] = 0
+    maps = np.zeros((4, 512, 512), np.float32)
+    found = Prediction(labels, maps, chances, tool.CLASSES, 0.25, "x")
+    monkeypatch.setattr(tool, "predict_image", lambda *_, **__: found)
+    sample = tool._unlabelled(image, "amibr-000", 0.25)
+    known = tool._labelled(None, sample, tool.colors(image))
+    assert {
+        int(known.labels[r, c]): int(known.phenotypes[known.labels[r, c]])
+        for r, c in cells.values()
+    } == {
+        1: 1,  # neoplastic, as all mitotic figures there
+        2: UNKNOWN,
+        0: 0,
+        4: 3,
+    }
 
 
 def predicted(name: str) -> Prediction:
