@@ -20,7 +20,7 @@ from celltyper.errors import CelltyperError, ConfigError, DataError, RunError
 from celltyper.index import read_index, write_index
 from celltyper.library.shelf import find_model
 from celltyper.models import threshold_of
-from celltyper.predict import autocast, check_mpp, pick_device
+from celltyper.predict import autocast, check_mpp, pick_device, pick_precision
 from celltyper.readers.files import read_table
 from celltyper.report.amounts import amount, duration
 from celltyper.report.cohort import write_cohort_csv, write_cohort_report
@@ -172,7 +172,7 @@ def infer_slides(
     device: str = "auto",
     batch_size: int | None = None,
     symmetries: int | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     overwrite: bool = False,
     encoder_weights: str | None = None,
     allow_code: bool = False,
@@ -237,9 +237,13 @@ def infer_slides(
     if not overwrite:
         check_mixed(output, several)
     place = pick_device(device)
-    if not cluster:  # whose workers have devices of their own
+    if cluster:  # whose workers have devices of their own
+        precision = precision or "fp32"
+    elif precision is not None:
         autocast(place, precision)
     model = load_model(run, device=place, encoder_weights=encoder_weights, allow_code=allow_code)
+    if precision is None:
+        precision = pick_precision(model, None)
     if embeddings:
         the_encoder(model)
     threshold = threshold_of(model, abstain)

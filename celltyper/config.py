@@ -184,11 +184,16 @@ class Train(Section):
 
 
 class Infer(Section):
-    """Tiling of images at inference, and over how many symmetries of a tile maps are averaged."""
+    """Tiling of images at inference, and over how many symmetries of a tile maps are averaged.
+
+    ``precision`` is that of the forward pass where the device computes faster in it, and fp32
+    elsewhere.
+    """
 
     tile: int | None = Field(None, ge=32, le=4096)
     overlap: int = Field(64, ge=0)
     symmetries: Literal[1, 2, 4, 8] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_size: int = Field(8, ge=1)
 
 

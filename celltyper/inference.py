@@ -7,6 +7,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +32,7 @@ from celltyper.errors import ConfigError, DataError
 from celltyper.index import INDEX_FILE, read_index, write_index
 from celltyper.library.shelf import find_model
 from celltyper.models import CellTyper, colors_of, threshold_of
-from celltyper.predict import autocast, check_mpp, pick_device, predict_image
+from celltyper.predict import autocast, check_mpp, pick_device, pick_precision, predict_image
 from celltyper.readers.files import files_by_stem
 from celltyper.report.overlay import save_overlay
 from celltyper.types import Image, Prediction
@@ -62,7 +63,7 @@ def infer(
     device: str = "auto",
     batch_size: int | None = None,
     symmetries: int | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     abstain: float | None = None,
     overwrite: bool = False,
     encoder_weights: str | None = None,
@@ -95,8 +96,8 @@ def infer(
     symmetries : {1, 2, 4, 8} or None
         Over how many symmetries of a tile maps are averaged; None takes what the run was
         configured with.
-    precision : {"fp32", "bf16", "fp16"}
-        See `celltyper.predict.autocast`.
+    precision : {"fp32", "bf16", "fp16"} or None
+        See `celltyper.predict.pick_precision`.
     abstain : float or None
         See `celltyper.predict_image`: cells below the threshold are "unknown".
     overwrite : bool
@@ -132,8 +133,10 @@ def infer(
         )
     check_mpp(mpp)
     place = pick_device(device)
-    autocast(place, precision)
+    if precision is not None:
+        autocast(place, precision)
     model = load_model(run, device=place, encoder_weights=encoder_weights, allow_code=allow_code)
+    precision = pick_precision(model, precision)
     threshold = threshold_of(model, abstain)
     new = not output.exists()
     make_folder(output)
@@ -271,24 +274,28 @@ def write_prediction(
         image=prediction.name or None,
         measured=measure(prediction.labels, image, prediction.mpp),
     )
-    quantised = np.rint(prediction.probabilities * 255).astype(np.uint8)
-    with atomic_path(folder / LABELS_FILE) as temporary, temporary.open("wb") as file:
-        _save_arrays(
-            file,
-            inst=prediction.labels,
-            type=prediction.phenotype_map,
-            prob=quantised,
-            cell_prob=prediction.cell_probabilities,
+    # most of the time goes into compressing picture and arrays, during which other threads may run
+    with ThreadPoolExecutor(1) as other:
+        drawn = other.submit(
+            save_overlay,
+            folder / OVERLAY_FILE,
+            image,
+            prediction.labels,
+            prediction.phenotypes,
+            prediction.classes,
+            colors,
+            mpp=prediction.mpp,
         )
-    save_overlay(
-        folder / OVERLAY_FILE,
-        image,
-        prediction.labels,
-        prediction.phenotypes,
-        prediction.classes,
-        colors,
-        mpp=prediction.mpp,
-    )
+        quantised = np.rint(prediction.probabilities * 255).astype(np.uint8)
+        with atomic_path(folder / LABELS_FILE) as temporary, temporary.open("wb") as file:
+            _save_arrays(
+                file,
+                inst=prediction.labels,
+                type=prediction.phenotype_map,
+                prob=quantised,
+                cell_prob=prediction.cell_probabilities,
+            )
+        drawn.result()
     write_geojson(folder / GEOJSON_FILE, table, dict(zip(model.classes, colors, strict=True)))
     write_csv(folder / CSV_FILE, table)
     write_parquet(folder / CELLS_FILE, table)

@@ -59,6 +59,8 @@ class CellTyper(nn.Module):
         Tiles per forward pass at inference.
     symmetries : {1, 2, 4, 8}
         Over how many symmetries of a tile maps are averaged at inference.
+    precision : {"fp32", "bf16", "fp16"}
+        Of the forward pass at inference, where the device computes faster in it.
     calibration : Calibration or None
         How mean softmax inside a cell becomes probabilities of its class, if that is known.
     domain : Domain or None
@@ -84,6 +86,7 @@ class CellTyper(nn.Module):
         overlap: int = 64,
         batch_size: int = 8,
         symmetries: int = 1,
+        precision: str = "fp32",
         calibration: Calibration | None = None,
         domain: Domain | None = None,
     ) -> None:
@@ -109,6 +112,7 @@ class CellTyper(nn.Module):
         self.overlap = overlap
         self.batch_size = batch_size
         self.symmetries = symmetries
+        self.precision = precision
         self.calibration = calibration
         self.domain = domain
         phenotype = MapSpec(len(self.classes) + 1, "softmax", "bce_dice")
@@ -194,6 +198,7 @@ class Ensemble(CellTyper):
         self.classes, self.colors, self.mpp = first.classes, first.colors, first.mpp
         self.tile, self.overlap = first.tile, first.overlap
         self.batch_size, self.symmetries = first.batch_size, first.symmetries
+        self.precision = first.precision
         self.calibration = None
         self.domain = None
 
@@ -368,4 +373,5 @@ def build_model(
             overlap=config.infer.overlap,
             batch_size=config.infer.batch_size,
             symmetries=config.infer.symmetries,
+            precision=config.infer.precision,
         )

@@ -79,6 +79,38 @@ def autocast(device: torch.device, precision: str) -> torch.autocast | nullconte
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
+def pick_precision(model: CellTyper, precision: str | None) -> str:
+    """Precision of the forward pass.
+
+    Parameters
+    ----------
+    model : CellTyper
+        On the device that it is to run on.
+    precision : {"fp32", "bf16", "fp16"} or None
+        None takes ``model.precision`` where the device computes faster in it, fp32 elsewhere.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ConfigError
+        See `autocast`.
+    """
+    wanted = precision or model.precision
+    try:
+        autocast(model.device, wanted)
+    except ConfigError:
+        if precision is not None:
+            raise
+        return "fp32"
+    if precision is None and wanted == "bf16" and model.device.type == "cuda":
+        # emulated before Ampere
+        return wanted if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return wanted
+
+
 def _has_bf16_instructions() -> bool:
     """Whether the CPU multiplies bf16 itself; emulation is 2 to 9 times slower than float32."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -94,7 +126,7 @@ def predict_maps(
     overlap: int | None = None,
     batch_size: int | None = None,
     symmetries: int | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     features: FeatureCache | None = None,
     pooled: list[NDArray[np.float32]] | None = None,
@@ -115,8 +147,8 @@ def predict_maps(
     symmetries : {1, 2, 4, 8} or None
         Every tile is shown so many times, turned and mirrored, and the activated maps are
         averaged (test-time augmentation); None takes ``model.symmetries``.
-    precision : {"fp32", "bf16", "fp16"}
-        See `autocast`.
+    precision : {"fp32", "bf16", "fp16"} or None
+        See `pick_precision`.
     progress : callable or None
         Called with (tiles done, tiles in all).
     features : FeatureCache or None
@@ -136,6 +168,7 @@ def predict_maps(
         name: np.empty((spec.channels, *image.shape[:2]), np.float32)
         for name, spec in model.maps.items()
     }
+    precision = pick_precision(model, precision)
     turns = symmetries or model.symmetries
     if turns not in (1, 2, 4, 8):
         raise ConfigError(f"symmetries must be 1, 2, 4 or 8, got {turns}")
@@ -284,7 +317,7 @@ def predict_image(
     overlap: int | None = None,
     batch_size: int | None = None,
     symmetries: int | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     name: str = "",
     progress: Callable[[int, int], None] | None = None,
     features: FeatureCache | None = None,

@@ -63,7 +63,7 @@ def evaluate_run(
     device: str = "auto",
     batch_size: int | None = None,
     symmetries: int | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     encoder_weights: str | None = None,
     allow_code: bool = False,
     progress: bool = True,
@@ -112,7 +112,8 @@ def evaluate_run(
         Path(output) if output else results_folder(run) / "eval", overwrite=overwrite
     )
     place = pick_device(device)
-    autocast(place, precision)
+    if precision is not None:
+        autocast(place, precision)
     facts = _facts(run) if run.is_dir() else {}
     dataset = _at(_open(data, split, facts, reader=reader, taxonomy=taxonomy), mpp)
     if not allow_seen:

@@ -314,7 +314,8 @@ def mitosis(data: Path, box: Path, work: Path, device: str) -> None:
         "limits": [
             "It does not find mitoses: windows must hold one in the middle.",
             "An encoder trained for mitoses is much better: recipe mitosis.",
-            "It was tried on the data of its own study alone, by folds of slides.",
+            "It was tried on the data of its own study alone, by folds of slides; the encoder has "
+            f"seen {WINDOWS:,} of the windows, without their class.",
         ],
         "not_for": ["diagnosis", "grading", "any decision about a patient"],
     }
@@ -361,8 +362,9 @@ def card(fields: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "All classes come from two fields of one ovarian carcinoma, labelled by a model: "
             "elsewhere a first guess, not scored; benign epithelium has no class.",
             "Pale nuclei are missed, and outlines of small nuclei are poor.",
-            "Black margins of a picture and ink are found as nuclei here and there.",
-            "Most of the fields by hand hold little eosin; other stains were not tried.",
+            "Ink and dyed margins are found as nuclei here and there.",
+            "No H&E field was outlined by hand but those of DSB 2018, most with little eosin; other "
+            "stains were not tried.",
         ],
         "not_for": ["diagnosis", "any decision about a patient", "fluorescence", "cytology"],
     }
@@ -380,7 +382,7 @@ def _counts(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _data(source: str, licence: str, counts: dict[str, tuple[int, int]], by: str) -> dict[str, str]:
     images, nuclei = counts.get(source, (0, 0))
-    what = f"{images} images, {nuclei:,} nuclei"
+    what = f"{images} image{'s' * (images != 1)}, {nuclei:,} nuclei"
     return {"source": source, "licence": licence, "what": what, "labels": by}
 
 

@@ -41,10 +41,8 @@ def predicting(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--precision",
-            default="fp32",
-            show_default=True,
             type=click.Choice(["fp32", "bf16", "fp16"]),
-            help="Of the forward pass.",
+            help="Of the forward pass.  [default: the run's if the device is faster so]",
         ),
         click.option(
             "--symmetries",

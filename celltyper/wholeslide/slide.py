@@ -26,6 +26,7 @@ from celltyper.domain import Distance
 from celltyper.errors import ConfigError
 from celltyper.library.cards import card_line
 from celltyper.models import CellTyper, colors_of, threshold_of
+from celltyper.predict import pick_precision
 from celltyper.report.amounts import amount
 from celltyper.report.slide import write_slide_report
 from celltyper.slides import Slide, TissueMask
@@ -78,7 +79,7 @@ def infer_slide(
     block: int = BLOCK,
     batch_size: int | None = None,
     symmetries: int | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     keep_maps: bool = False,
     embeddings: bool = False,
     abstain: float | None = None,
@@ -148,6 +149,7 @@ def infer_slide(
     started = time.monotonic()
     plan = make_plan(model, slide, tissue, tile=tile, overlap=overlap, block=block)
     turns = symmetries or model.symmetries
+    precision = precision or pick_precision(model, None)
     if embeddings:
         the_encoder(model)
     threshold_of(model, abstain)
