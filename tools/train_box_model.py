@@ -363,8 +363,8 @@ def card(fields: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "elsewhere a first guess, not scored; benign epithelium has no class.",
             "Pale nuclei are missed, and outlines of small nuclei are poor.",
             "Ink and dyed margins are found as nuclei here and there.",
-            "No H&E field was outlined by hand but those of DSB 2018, most with little eosin; other "
-            "stains were not tried.",
+            "No H&E field was outlined by hand but those of DSB 2018, most with little eosin; "
+            "other stains were not tried.",
         ],
         "not_for": ["diagnosis", "any decision about a patient", "fluorescence", "cytology"],
     }
