@@ -109,6 +109,7 @@ class PixelModel(nn.Module):
         self.classes, self.colors = CLASSES, ("#cc2222", "#22aa22")
         self.mpp: float | None = 0.25
         self.tile, self.overlap, self.batch_size, self.symmetries = tile, overlap, 4, 1
+        self.precision = "fp32"
         self.calibration: Calibration | None = None
         self.domain: Domain | None = None
         self.seen = 0

@@ -66,5 +66,5 @@ def test_the_folder_says_which(
 ) -> None:
     monkeypatch.setattr(predict, "_has_bf16_instructions", lambda: False)
     images = made_data / "val" / "images"
-    infer([images], run, tmp_path / "out", device="cpu", progress=False)
+    infer([images], run, tmp_path / "out", mpp=0.5, device="cpu", progress=False)
     assert json.loads((tmp_path / "out" / "infer.json").read_text())["precision"] == "fp32"

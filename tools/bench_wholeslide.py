@@ -75,6 +75,7 @@ class CannedModel(nn.Module):
         self.classes, self.colors, self.mpp = CLASSES, (), 0.25
         self.calibration = self.domain = None
         self.tile, self.overlap, self.batch_size, self.symmetries = TILE, OVERLAP, 8, 1
+        self.precision = "fp32"
         labels = np.tile(pattern(nuclei), (3, 3))
         # nuclei across the seam have one number on both sides, which is all that is needed here
         maps = HV().encode(_parted(labels))
