@@ -92,13 +92,7 @@ def main() -> None:
     fields = _kept(work / "fields", lambda: annotated(options.data, sources, options.output))
     own = [f"data.root={fields}", f"encoder.weights={options.weights}", *options.overrides]
     teacher = train(load_config("box", own), work / "teacher", device=options.device, resume=True)
-    stain = colors(next(s.image for s in open_dataset(fields) if not s.name.startswith("dsb-")))
-    tissue = _kept(
-        work / "tissue",
-        lambda: [
-            _labelled(load_model(teacher), sample, stain) for sample in unannotated(options.data)
-        ],
-    )
+    tissue = _kept(work / "tissue", lambda: labelled(options.data, teacher, fields))
     both = _kept(work / "both", lambda: [*open_dataset(fields), *open_dataset(tissue)])
     own = [f"data.root={both}", f"start={teacher}", *STUDENT, *options.overrides]
     run = train(load_config("box", own), work / "run", device=options.device, resume=True)
@@ -139,6 +133,13 @@ def _of_typical_size(sample: Sample) -> Sample:
     mpp = float(np.sqrt(NUCLEUS / np.median(areas[areas > 0])))
     mpp = max(mpp, MPP * LEAST / min(sample.labels.shape))
     return replace(sample, phenotypes=phenotypes, mpp=mpp, name=f"dsb-{sample.name[:16]}")
+
+
+def labelled(data: Path, teacher: Path, fields: Path) -> list[Sample]:
+    """Label what nobody has annotated, seen in the stain of a histolytics field if there is one."""
+    known = sorted(open_dataset(fields), key=lambda sample: sample.name.startswith("dsb-"))
+    model, stain = load_model(teacher), colors(known[0].image)
+    return [_labelled(model, sample, stain) for sample in unannotated(data)]
 
 
 def unannotated(data: Path) -> Iterator[Sample]:
