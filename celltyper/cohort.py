@@ -204,6 +204,7 @@ def infer_slides(
         `output` under the same paths.
     block, keep_maps, embeddings, abstain, batch_size, symmetries, precision, overwrite
         See `celltyper.wholeslide.infer_slide`.
+        On a cluster, whose workers may differ, `precision` is fp32 unless given.
     device, encoder_weights, allow_code
         See `celltyper.infer`.
     progress : bool
