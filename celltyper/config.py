@@ -164,7 +164,10 @@ class Loss(Section):
 
 
 class Train(Section):
-    """Optimisation, validation, stopping and logging."""
+    """Optimisation, validation, stopping and logging.
+
+    ``precision`` of ``auto`` is bf16 where the device multiplies it itself, and fp32 elsewhere.
+    """
 
     steps: int = Field(10_000, ge=1)
     batch_size: int = Field(16, ge=1)
@@ -175,7 +178,7 @@ class Train(Section):
     clip: float = Field(2.0, gt=0.0)
     ema: float = Field(0.0, ge=0.0, lt=1.0)
     accumulate: int = Field(1, ge=1)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     compile: bool = False
     validate_every: int = Field(200, ge=1)
     patience: int | None = Field(None, ge=1)

@@ -60,8 +60,11 @@ class Loop:
         accelerator: Accelerator,
         weights: NDArray[np.float64] | None,
         cache: FeatureCache | None = None,
+        *,
+        precision: str,
     ) -> None:
         self.config = config
+        self.precision = precision
         self.cache = cache
         self.accelerator = accelerator
         self.bare = model
@@ -215,7 +218,7 @@ class Loop:
                 sample.image,
                 sample.mpp or data.mpp or self.bare.mpp,
                 most=-(-MOST_TILES // len(some)),
-                precision=self.config.train.precision,
+                precision=self.precision,
                 features=self.cache,
             )
             for sample in data.subset(some)
@@ -239,7 +242,7 @@ class Loop:
                 sample.mpp or data.mpp or self.bare.mpp,
                 batch_size=self.config.infer.batch_size,
                 symmetries=symmetries,
-                precision=self.config.train.precision,
+                precision=self.precision,
                 name=sample.name,
                 features=self.cache,
             )

@@ -105,10 +105,26 @@ def pick_precision(model: CellTyper, precision: str | None) -> str:
         if precision is not None:
             raise
         return "fp32"
-    if precision is None and wanted == "bf16" and model.device.type == "cuda":
-        # emulated before Ampere
-        return wanted if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if precision is None and wanted == "bf16" and not multiplies_bf16(model.device):
+        return "fp32"
     return wanted
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 itself; emulation is slower than float32.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Returns
+    -------
+    bool
+    """
+    if device.type == "cuda":
+        # emulated before Ampere
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type != "cpu" or _has_bf16_instructions()
 
 
 def _has_bf16_instructions() -> bool:

@@ -37,7 +37,7 @@ from celltyper.library.files import MODEL_FILE, RUN_FILE
 from celltyper.loop import Loop, check_compile, class_weights
 from celltyper.models import CellTyper, build_model
 from celltyper.parts import Parts, divide
-from celltyper.predict import SAME_MPP, autocast, pick_device
+from celltyper.predict import SAME_MPP, autocast, multiplies_bf16, pick_device
 from celltyper.runs import (
     LAST_FILE,
     Progress,
@@ -101,6 +101,9 @@ def train(
     """
     output = Path(output)
     place = check_settings(config, device)
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16(place) else "fp32"
     parts = divide(config.data, config.seed)
     check_stopping(config, parts)
     samples = list(parts.train)
@@ -109,7 +112,7 @@ def train(
     # One process may train several runs, each with its own precision.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+        mixed_precision={"fp32": "no"}.get(precision, precision),
         gradient_accumulation_steps=config.train.accumulate,
         cpu=place.type == "cpu",
         # Blocks of the encoder behind the last map that a decoder reads get no gradient.
@@ -156,7 +159,8 @@ def train(
         start_folder(output, config, keep=resume)
     model.to(accelerator.device)
     pixels = np.pad(sampler.pixels, (0, len(model.classes) + 1 - len(sampler.pixels)))
-    loop = Loop(config, model, accelerator, class_weights(config.loss, pixels), cache)
+    weights = class_weights(config.loss, pixels)
+    loop = Loop(config, model, accelerator, weights, cache, precision=precision)
     loop.restore(tensors, where=str(output / LAST_FILE))
     targets = Targets(samples, model.instances)
     tiles: Tiles = TrainingTiles(sampler, targets, config)
@@ -172,7 +176,8 @@ def train(
         loop.calibrate(parts.train, parts.val, output)
         data = {"train": parts.train, "val": parts.val, **parts.others}
         facts = run_facts(config, model, state, {k: part for k, part in data.items() if len(part)})
-        write_json(output / RUN_FILE, facts | {"trainability": asdict(trainability)})
+        own = {"precision": precision, "trainability": asdict(trainability)}
+        write_json(output / RUN_FILE, facts | own)
     return output
 
 
@@ -186,7 +191,8 @@ def check_settings(config: Config, device: str) -> torch.device:
         ``train.log`` is unknown.
     """
     place = pick_device(device)
-    autocast(place, config.train.precision)
+    if config.train.precision != "auto":
+        autocast(place, config.train.precision)
     if config.train.metric not in SCORES:
         raise ConfigError(f"train.metric {config.train.metric!r} is unknown: {', '.join(SCORES)}")
     check_log(config.train.log)

@@ -315,11 +315,18 @@ def test_the_card_in_the_docs_is_a_card(tmp_path: Path) -> None:
     assert (card.figures[0].value, card.not_for) == (0.61, ("diagnosis",))
 
 
-def test_patients_apart_may_be_of_a_source_that_trained(tmp_path: Path) -> None:
-    figure = {**CARD["figures"][0], "source": "DSB 2018", "apart": "patients"}
-    card = read_card(put(tmp_path / "model", card=CARD | {"figures": [figure]}))
+@pytest.mark.parametrize("apart", ["patients", "slides", "images"])
+def test_parts_of_a_source_that_trained_may_be_apart(tmp_path: Path, apart: str) -> None:
+    figure = {**CARD["figures"][0], "source": "DSB 2018", "apart": apart}
+    folder = put(tmp_path / "model", card=CARD | {"figures": [figure]})
+    card = read_card(folder)
     assert card is not None
-    assert card.figures[0].apart == "patients"
+    assert card.figures[0].apart == apart
+    assert f"{apart} not trained on" in " ".join(description(folder).split())
+
+
+def test_a_card_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    put(tmp_path / "model", card=CARD)
     (tmp_path / "model" / "card.yaml").write_text("a: [")
     with pytest.raises(CheckpointError, match=r"card\.yaml cannot be read: .*") as caught:
         read_card(tmp_path / "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,32 @@ def test_bf16_trains_and_validates_in_bf16_and_keeps_weights_in_fp32(
     assert (tmp_path / "fp32" / "history.csv").read_text() != (
         tmp_path / "bf16" / "history.csv"
     ).read_text()
+
+
+@pytest.mark.parametrize(("supported", "taken"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_where_the_processor_multiplies_it(
+    tiny: Tiny,
+    made_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    supported: bool,
+    taken: str,
+) -> None:
+    monkeypatch.setattr(predict, "_has_bf16_instructions", lambda: supported)
+    runs = [
+        train(
+            tiny(made_data, f"train.precision={precision}", "train.steps=2"),
+            tmp_path / precision,
+            device="cpu",
+            progress=False,
+        )
+        for precision in ("auto", taken)
+    ]
+    facts = [json.loads((run / "run.json").read_text()) for run in runs]
+    assert [f["precision"] for f in facts] == [taken, taken]
+    assert (runs[0] / "history.csv").read_text() == (runs[1] / "history.csv").read_text()
+    weights = [last(run) for run in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 def test_bf16_is_refused_where_it_would_be_emulated(

@@ -293,7 +293,7 @@ def mitosis(data: Path, box: Path, work: Path, device: str) -> None:
             "value": round(row.scores[score].mean, 3),
             "low": round(row.scores[score].low, 3),
             "high": round(row.scores[score].high, 3),
-            "apart": "patients",
+            "apart": "slides",
         }
         for score in ("balanced_accuracy", "auroc")
     ]

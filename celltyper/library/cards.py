@@ -48,9 +48,9 @@ class Figure(Section):
         Name of the score, as ``celltyper eval`` prints it.
     value, low, high : float
         The score and its 95 % interval.
-    apart : {"source", "patients", "images"}
+    apart : {"source", "patients", "slides", "images"}
         How far these images are from training: nothing of this source was trained on, nothing of
-        these patients, or just not these images.
+        these patients or slides, or just not these images.
     """
 
     source: str
@@ -59,7 +59,7 @@ class Figure(Section):
     value: float
     low: float
     high: float
-    apart: Literal["source", "patients", "images"]
+    apart: Literal["source", "patients", "slides", "images"]
 
     @model_validator(mode="after")
     def _value_lies_in_its_interval(self) -> Self:

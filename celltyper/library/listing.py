@@ -18,6 +18,7 @@ _COLUMNS = ("name", "mpp", "encoder", "size", "licence", "from")
 _APART = {
     "source": "nothing of it trained on",
     "patients": "patients not trained on",
+    "slides": "slides not trained on",
     "images": "images not trained on",
 }
 
