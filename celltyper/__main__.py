@@ -176,9 +176,11 @@ def infer(
         say(quiet, inferred_text(done))
         return
     options = of_cells(options)
-    from celltyper.cohort import are_slides, infer_slides, summary_text
+    from celltyper.inputs import are_slides
 
     if given(SLIDES_ONLY) or are_slides(inputs):
+        from celltyper.cohort import infer_slides, summary_text
+
         folder = infer_slides(inputs, found, output, progress=not quiet, **options)
         say(quiet, summary_text(folder))
         say(quiet, f"report: {folder / 'report.html'}")

@@ -27,16 +27,13 @@ from celltyper.checkpoints import load_model
 from celltyper.config import one_line
 from celltyper.datasets import read_image
 from celltyper.datasets.images import IMAGE_SUFFIXES
+from celltyper.datasets.resolution import check_mpp
 from celltyper.domain import Distance
 from celltyper.errors import ConfigError, DataError
 from celltyper.index import INDEX_FILE, read_index, write_index
 from celltyper.library.shelf import find_model
 from celltyper.models import CellTyper, colors_of, threshold_of
-from celltyper.predict import autocast, check_mpp, pick_device, pick_precision, predict_image
-from celltyper.readers.files import files_by_stem
-from celltyper.report.overlay import save_overlay
-from celltyper.types import Image, Prediction
-from celltyper.wholeslide.folder import (
+from celltyper.outputs import (
     CELLS_FILE,
     GEOJSON_FILE,
     LABELS_FILE,
@@ -45,6 +42,10 @@ from celltyper.wholeslide.folder import (
     clear_folder,
     is_slide,
 )
+from celltyper.predict import autocast, pick_device, pick_precision, predict_image
+from celltyper.readers.files import files_by_stem
+from celltyper.report.overlay import save_overlay
+from celltyper.types import Image, Prediction
 
 logger = logging.getLogger("celltyper")
 

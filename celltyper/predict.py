@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from celltyper.datasets.resolution import check_mpp
 from celltyper.domain import evenly
 from celltyper.errors import ConfigError, DataError
 from celltyper.features import Canvas, FeatureCache
@@ -418,21 +419,6 @@ def predict_image(
         threshold,
         distance,
     )
-
-
-def check_mpp(mpp: float | None) -> None:
-    """Refuse a resolution that no microscope has.
-
-    Raises
-    ------
-    DataError
-        Unless `mpp` is None or lies in [0.01, 100] micrometres per pixel.
-    """
-    if mpp is not None and not 0.01 <= mpp <= 100:
-        raise DataError(
-            f"mpp must lie in [0.01, 100] micrometres per pixel, got {mpp}; "
-            "a 20x scan has about 0.5, a 40x scan 0.25"
-        )
 
 
 def rescale(image: Image, factor: float) -> Image:

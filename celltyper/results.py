@@ -18,6 +18,7 @@ from celltyper import __version__
 from celltyper.atomic import make_folder, write_json, write_text
 from celltyper.checkpoints import load_model, model_folders
 from celltyper.datasets import Dataset
+from celltyper.datasets.resolution import check_mpp
 from celltyper.errors import DataError
 from celltyper.evaluation import (
     Estimate,
@@ -36,7 +37,7 @@ from celltyper.metrics.calibration import (
     classwise_calibration_error,
     expected_calibration_error,
 )
-from celltyper.predict import autocast, check_mpp, pick_device, predict_image
+from celltyper.predict import autocast, pick_device, predict_image
 from celltyper.readers import open_dataset, open_parts
 from celltyper.report.html import write_report
 from celltyper.reporting import image_scores, make_report, notice_of, read_json

@@ -176,8 +176,8 @@ def train(
         loop.calibrate(parts.train, parts.val, output)
         data = {"train": parts.train, "val": parts.val, **parts.others}
         facts = run_facts(config, model, state, {k: part for k, part in data.items() if len(part)})
-        own = {"precision": precision, "trainability": asdict(trainability)}
-        write_json(output / RUN_FILE, facts | own)
+        facts |= {"precision": precision, "trainability": asdict(trainability)}
+        write_json(output / RUN_FILE, facts)
     return output
 
 

@@ -29,14 +29,15 @@ from PIL import Image as PillowImage
 from tqdm import tqdm
 
 from celltyper import cohort, formats, inference
-from celltyper.cohort import Entry, are_slides, find_slides
+from celltyper import inputs as slide_inputs
+from celltyper import outputs as results
 from celltyper.config import Config
 from celltyper.errors import ConfigError, DataError
 from celltyper.inference import read_predictions
+from celltyper.inputs import Entry, are_slides, find_slides
 from celltyper.made import made_sample
 from celltyper.slides import Slide, whole_slide
 from celltyper.training import train
-from celltyper.wholeslide import folder as results
 from celltyper.wholeslide import infer_slide
 from celltyper.wholeslide import slide as wholeslide
 from celltyper.wholeslide.plan import make_plan
@@ -290,10 +291,10 @@ def test_what_is_worked_on_as_a_slide(
     assert are_slides([png, slides / "a.tif"])
     assert are_slides([write_zarr(tmp_path / "store.zarr")])
     assert are_slides([tmp_path / "store.zarr", png])
-    monkeypatch.setattr(cohort, "LARGE", SIDE**2 - 1)
+    monkeypatch.setattr(slide_inputs, "LARGE", SIDE**2 - 1)
     assert are_slides([plain])
     assert are_slides([png])
-    monkeypatch.setattr(cohort, "LARGE", SIDE**2)
+    monkeypatch.setattr(slide_inputs, "LARGE", SIDE**2)
     assert not are_slides([plain, png])
 
 

@@ -20,6 +20,7 @@ LAYERS = [
     {"training", "inference", "reporting", "exporting", "classification", "formats"},
     {"cohort"},
     {"loop", "wholeslide"},
+    {"inputs", "outputs"},
     {"evaluation", "predict", "objective", "targets", "runs", "index", "starting"},
     {"checkpoints", "optim"},
     {"models", "features", "parts", "probes", "patches"},

@@ -41,6 +41,7 @@ from celltyper.classification.preparing import rows_of
 from celltyper.classification.seen import find_seen, training_part
 from celltyper.classification.typed import typed_table, write_table
 from celltyper.config import dump_config, one_line
+from celltyper.datasets.resolution import check_mpp
 from celltyper.errors import DataError
 from celltyper.evaluation import COVERAGES, Selected, select
 from celltyper.library.shelf import find_model, results_folder
@@ -52,7 +53,7 @@ from celltyper.patches.checking import readable
 from celltyper.patches.reading import open_patches
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_header
-from celltyper.predict import check_mpp, pick_device
+from celltyper.predict import pick_device
 from celltyper.runs import METRICS_FILE, evaluation_folder
 
 logger = logging.getLogger("celltyper")

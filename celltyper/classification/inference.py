@@ -35,6 +35,7 @@ from celltyper.classification.typed import (
     write_typed_points,
 )
 from celltyper.datasets.images import IMAGE_SUFFIXES
+from celltyper.datasets.resolution import check_mpp
 from celltyper.errors import ConfigError, DataError
 from celltyper.index import INDEX_FILE
 from celltyper.library.files import PROTOCOL_FILE
@@ -46,7 +47,7 @@ from celltyper.patches.sources import SUFFIXES
 from celltyper.patches.table import Patch, PatchTable, build_table
 from celltyper.patches.tables import read_csv
 from celltyper.patches.windows import read_header
-from celltyper.predict import check_mpp, pick_device
+from celltyper.predict import pick_device
 from celltyper.readers.meta import read_meta
 from celltyper.runs import CONFIG_FILE
 

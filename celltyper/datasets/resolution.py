@@ -1,4 +1,4 @@
-"""Micrometres per pixel of a TIFF file, from its OME, ImageJ or baseline tags."""
+"""Micrometres per pixel: of a TIFF file, from its OME, ImageJ or baseline tags; as a user says."""
 
 from __future__ import annotations
 
@@ -7,11 +7,28 @@ from xml.etree import ElementTree
 
 import tifffile
 
+from celltyper.errors import DataError
+
 PLAUSIBLE_MPP = (0.02, 20.0)
 """Outside this range a tag is a printer's resolution (72 dpi is 353), not a microscope's."""
 
 _MICRONS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0}
 _MICRONS |= {"\\u00B5m": 1.0, "mm": 1e3, "cm": 1e4}
+
+
+def check_mpp(mpp: float | None) -> None:
+    """Refuse a resolution that no microscope has.
+
+    Raises
+    ------
+    DataError
+        Unless `mpp` is None or lies in [0.01, 100] micrometres per pixel.
+    """
+    if mpp is not None and not 0.01 <= mpp <= 100:
+        raise DataError(
+            f"mpp must lie in [0.01, 100] micrometres per pixel, got {mpp}; "
+            "a 20x scan has about 0.5, a 40x scan 0.25"
+        )
 
 
 def tiff_mpp(tiff: tifffile.TiffFile) -> float | None:

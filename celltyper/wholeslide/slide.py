@@ -26,16 +26,11 @@ from celltyper.domain import Distance
 from celltyper.errors import ConfigError
 from celltyper.library.cards import card_line
 from celltyper.models import CellTyper, colors_of, threshold_of
-from celltyper.predict import pick_precision
-from celltyper.report.amounts import amount
-from celltyper.report.slide import write_slide_report
-from celltyper.slides import Slide, TissueMask
-from celltyper.tiling import Region
-from celltyper.wholeslide.embeddings import the_encoder
-from celltyper.wholeslide.folder import (
+from celltyper.outputs import (
     CELLS_FILE,
     GEOJSON_FILE,
     LABELS_FILE,
+    MAPS_FOLDER,
     PLAN_FILE,
     REPORT_FILE,
     SLIDE_FILE,
@@ -46,10 +41,16 @@ from celltyper.wholeslide.folder import (
     is_done,
     is_slide,
 )
+from celltyper.predict import pick_precision
+from celltyper.report.amounts import amount
+from celltyper.report.slide import write_slide_report
+from celltyper.slides import Slide, TissueMask
+from celltyper.tiling import Region
+from celltyper.wholeslide.embeddings import the_encoder
 from celltyper.wholeslide.plan import BLOCK, make_plan
 from celltyper.wholeslide.running import Pool, local_pool, run_blocks
 from celltyper.wholeslide.sent import Sent, digest_of
-from celltyper.wholeslide.worker import MAPS_FOLDER, ModelSource, Worker
+from celltyper.wholeslide.worker import ModelSource, Worker
 
 UPSAMPLED = 1.5
 """Pixels of the model per pixel of the slide from which on the model misses details."""

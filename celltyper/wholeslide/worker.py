@@ -22,6 +22,7 @@ from celltyper.checkpoints import load_model
 from celltyper.instances.blocks import decode_block
 from celltyper.labels import mean_in_labels
 from celltyper.models import PHENOTYPE, CellTyper, threshold_of
+from celltyper.outputs import MAPS_FOLDER
 from celltyper.predict import pick_device
 from celltyper.slides import Slide, TissueMask
 from celltyper.tiling import Region
@@ -37,7 +38,6 @@ from celltyper.wholeslide.maps import STEPS, MapStore
 from celltyper.wholeslide.plan import LIMIT, Block, Plan
 from celltyper.wholeslide.turns import Turns
 
-MAPS_FOLDER = "maps.zarr"
 _PREDICTED = "predicted"
 _CELLS = "cells"
 

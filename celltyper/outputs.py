@@ -15,7 +15,6 @@ from celltyper.errors import ConfigError
 from celltyper.index import INDEX_FILE
 from celltyper.library.files import PROTOCOL_FILE
 from celltyper.runs import CONFIG_FILE
-from celltyper.wholeslide.worker import MAPS_FOLDER
 
 CELLS_FILE = "cells.parquet"
 GEOJSON_FILE = "cells.geojson"
@@ -23,6 +22,7 @@ LABELS_FILE = "labels.npz"
 SLIDE_FILE = "slide.json"
 REPORT_FILE = "report.html"
 TABLE_FILE = "slides.csv"
+MAPS_FOLDER = "maps.zarr"
 WORK_FOLDER = "work"
 """What is done so far of a slide; removed in the end."""
 PLAN_FILE = "plan.json"
