@@ -99,16 +99,11 @@ def pick_precision(model: CellTyper, precision: str | None) -> str:
     ConfigError
         See `autocast`.
     """
-    wanted = precision or model.precision
-    try:
-        autocast(model.device, wanted)
-    except ConfigError:
-        if precision is not None:
-            raise
-        return "fp32"
-    if precision is None and wanted == "bf16" and not multiplies_bf16(model.device):
-        return "fp32"
-    return wanted
+    if precision is not None:
+        autocast(model.device, precision)
+        return precision
+    faster = {"bf16": multiplies_bf16(model.device), "fp16": model.device.type != "cpu"}
+    return model.precision if faster.get(model.precision) else "fp32"
 
 
 def multiplies_bf16(device: torch.device) -> bool:
