@@ -166,7 +166,7 @@ def infer(
     found = find_model(model)
     if model is None:
         say(quiet, f"model: {found.name}, of the box")
-    from celltyper.checkpoints import task_of_run
+    from celltyper.library.files import task_of_run
 
     if task_of_run(found) == "patches":
         options = of_patches(options)
@@ -244,7 +244,7 @@ def evaluate(
         from celltyper.library.shelf import find_model
 
         found = find_model(run)
-        from celltyper.checkpoints import task_of_run
+        from celltyper.library.files import task_of_run
 
         if task_of_run(found) == "patches":
             from celltyper.classification.evaluating import evaluate_patches

@@ -6,7 +6,7 @@ model; see ``docs/calibration.md``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -129,6 +129,43 @@ def calibration_of(facts: Mapping[str, Any] | None) -> Calibration | None:
     own = dict(facts["scaling"])
     scaling = Scaling(own["method"], tuple(own["weight"]), tuple(own["bias"]), own["floor"])
     return Calibration(scaling, int(facts["cases"]), dict(facts["thresholds"]))
+
+
+def threshold_of(
+    calibration: Calibration | None, classes: Sequence[str], abstain: float | None
+) -> float:
+    """Class probability that a cell needs for a name.
+
+    Parameters
+    ----------
+    calibration : Calibration or None
+        Of the model.
+    classes : sequence of str
+        Of the model.
+    abstain : float or None
+        Share of the validation cells that keeps a name; None gives a name to every cell.
+
+    Returns
+    -------
+    float
+        0 if every cell has a name.
+
+    Raises
+    ------
+    ConfigError
+        If the model knows no threshold for it, or a class of its own is called "unknown".
+    """
+    if abstain is None:
+        return 0.0
+    if calibration is None:
+        raise ConfigError(
+            "abstain: this model knows no thresholds, which are found on validation cells at the "
+            "end of training of one model (docs/calibration.md); leave --abstain out, or take a "
+            "calibrated run"
+        )
+    if ABSTAINED in classes:
+        raise ConfigError(f"abstain: the model has a class called {ABSTAINED!r} of its own")
+    return calibration.threshold(abstain)
 
 
 def class_probabilities(cells: ArrayLike, scaling: Scaling | None = None) -> Values:

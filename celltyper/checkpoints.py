@@ -35,8 +35,8 @@ from celltyper.library.files import (
     FORMAT,
     HEADER_KEY,
     MODEL_FILE,
-    PROTOCOL_FILE,
     check_format,
+    model_folders,
     read_header,
 )
 from celltyper.library.shelf import find_model
@@ -59,73 +59,6 @@ class Header:
     domain: dict[str, Any] | None = None
     celltyper_version: str = __version__
     format: int = FORMAT
-
-
-def model_folders(path: str | Path) -> list[Path]:
-    """Run folders that a path stands for: its own, or those of the protocol that it holds.
-
-    Parameters
-    ----------
-    path : str or Path
-        A run folder, the ``model.safetensors`` in it, the folder of a protocol, or that of one of
-        its variants.
-
-    Returns
-    -------
-    list of Path
-        One, or all finished runs of the protocol that train on all of their data.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no model, or the protocol compares several variants.
-    """
-    path = Path(path)
-    if path.is_file() or (path / MODEL_FILE).is_file():
-        return [path]
-    plan = next((p for p in (path, path.parent) if (p / PROTOCOL_FILE).is_file()), None)
-    if plan is None:
-        raise CheckpointError(f"no model at {path}: give a folder that 'celltyper train' wrote")
-    try:
-        entries = json.loads((plan / PROTOCOL_FILE).read_text(encoding="utf-8"))["runs"]
-        runs = [(plan / e["path"], e["variant"]) for e in entries if e["fraction"] == 1]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{plan / PROTOCOL_FILE} is damaged: {one_line(error)}") from error
-    runs = [run for run in runs if run[0].is_relative_to(path)]
-    variants = sorted({variant for _, variant in runs})
-    if len(variants) > 1:
-        raise CheckpointError(f"{path} compares {', '.join(variants)}: give {path / variants[0]}")
-    found = [folder for folder, _ in runs if (folder / MODEL_FILE).is_file()]
-    if not found:
-        raise CheckpointError(f"{path} holds no finished run: go on with train --resume")
-    return found
-
-
-def task_of_run(path: str | Path) -> str:
-    """Say what a trained model does, without loading it.
-
-    Parameters
-    ----------
-    path : str or Path
-        As in `model_folders`.
-
-    Returns
-    -------
-    str
-        ``"patches"`` if it types patches, ``"cells"`` if it finds cells, or if that will show when
-        the file is loaded.
-
-    Raises
-    ------
-    CheckpointError
-        As `model_folders`.
-    """
-    found = model_folders(path)[0]
-    try:
-        header = read_header(found / MODEL_FILE if found.is_dir() else found)
-    except CheckpointError:
-        return "cells"
-    return str(header.get("task", "cells"))
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from celltyper.atomic import make_folder
+from celltyper.calibration import threshold_of
 from celltyper.checkpoints import load_model
 from celltyper.datasets.resolution import check_mpp
+from celltyper.devices import autocast, pick_device
 from celltyper.errors import CelltyperError, ConfigError, DataError, RunError
 from celltyper.index import read_index, write_index
 from celltyper.inputs import Entry, find_slides, may_grow
 from celltyper.library.shelf import find_model
-from celltyper.models import threshold_of
+from celltyper.models import pick_precision
 from celltyper.outputs import (
     REPORT_FILE,
     TABLE_FILE,
@@ -25,7 +27,6 @@ from celltyper.outputs import (
     clear,
     is_done,
 )
-from celltyper.predict import autocast, pick_device, pick_precision
 from celltyper.report.amounts import amount, duration
 from celltyper.report.cohort import write_cohort_csv, write_cohort_report
 from celltyper.slides import (
@@ -144,7 +145,7 @@ def infer_slides(
         precision = pick_precision(model, None)
     if embeddings:
         the_encoder(model)
-    threshold = threshold_of(model, abstain)
+    threshold = threshold_of(model.calibration, model.classes, abstain)
     if not overwrite:
         check_begun(
             model,

@@ -7,6 +7,7 @@ Mahalanobis distance from those of the training images says how unusual the tile
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -113,6 +114,33 @@ class Domain:
     def facts(self) -> dict[str, Any]:
         """The rest, of plain types that JSON knows."""
         return {"quantile": self.quantile, "tiles": self.tiles, "held_out": self.held_out}
+
+
+def packed_domain(domain: Domain | None) -> dict[str, Any] | None:
+    """Domain with its arrays as text, for JSON; None from None."""
+    if domain is None:
+        return None
+    arrays = {
+        name: {
+            "dtype": array.dtype.str,
+            "shape": list(array.shape),
+            "base64": base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii"),
+        }
+        for name, array in domain.tensors().items()
+    }
+    return {**domain.facts(), "tensors": arrays}
+
+
+def unpacked_domain(packed: Mapping[str, Any] | None) -> Domain | None:
+    """Domain from `packed_domain`, None from None."""
+    if packed is None:
+        return None
+    facts = dict(packed)
+    arrays = {
+        name: np.frombuffer(base64.b64decode(a["base64"]), a["dtype"]).reshape(a["shape"])
+        for name, a in facts.pop("tensors").items()
+    }
+    return domain_of(facts, arrays)
 
 
 def evenly(n: int, most: int) -> list[int]:

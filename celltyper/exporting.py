@@ -28,16 +28,19 @@ from torch.nn import functional as F
 
 from celltyper import __version__
 from celltyper.calibration import calibration_of
+from celltyper.cells.colors import colors_of
 from celltyper.checkpoints import load_model
+from celltyper.domain import packed_domain
 from celltyper.encoders.adapt import Adapted
 from celltyper.encoders.lora import is_lora, merge_lora, save_lora
 from celltyper.encoders.trainability import fingerprint, parameter_digest
 from celltyper.errors import CheckpointError, ConfigError, DataError, RunError, unknown_name
+from celltyper.exported import EMBEDDING, FACTS
 from celltyper.instances import METHODS, build_instances
 from celltyper.labels import mean_in_labels
 from celltyper.library.shelf import find_model
-from celltyper.models import PHENOTYPE, CellTyper, Ensemble, colors_of
-from celltyper.types import Maps, Prediction
+from celltyper.models import CellTyper, Ensemble
+from celltyper.types import PHENOTYPE, Maps, Prediction
 
 logger = logging.getLogger("celltyper")
 
@@ -47,11 +50,8 @@ SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}
 TOLERANCE = 1e-3
 """Largest difference to the model itself, over all pixels of all maps, that a file may have."""
 
-FACTS = "celltyper"
-"""Key of the facts in a file: metadata of ONNX, an extra file of the others."""
-
 _INPUT = "images"
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_ONNX_PACKAGES = ("onnx", "onnxscript")
 _OPSET = 18  # the first in which maps are shrunk with anti-aliasing, and read by most programs
 
 
@@ -132,7 +132,7 @@ def export_model(
     with tempfile.TemporaryDirectory(prefix=".export.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         logger.info("export: writing %s", path.name)
-        write = _writer(program, list(model.maps), format)
+        write = _writer(program, _outputs(model), format)
         write(draft, facts)
         logger.info("export: comparing it with the model")
         facts["largest_difference"] = difference = _difference_of_file(whole, draft, format, size)
@@ -305,8 +305,12 @@ class WholeModel(nn.Module):
             merge_lora(model.encoder)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Maps in the order of the model's."""
-        return tuple(self.model.activate(self.model(images)).values())
+        """Maps in the order of the model's, then the embedding if the model knows its domain."""
+        features = list(self.model.encoder(images))
+        maps = tuple(self.model.activate(self.model(images, features)).values())
+        if self.model.domain is None:
+            return maps
+        return *maps, features[-1].mean(dim=(2, 3))
 
 
 def _facts_of(model: CellTyper, tile: int, format: str) -> dict[str, Any]:
@@ -324,6 +328,7 @@ def _facts_of(model: CellTyper, tile: int, format: str) -> dict[str, Any]:
         "mpp": model.mpp,
         "tile": tile,
         "overlap": model.overlap,
+        "symmetries": model.symmetries,
         "input": {"name": _INPUT, "shape": ["batch", 3, tile, tile], "range": "RGB in [0, 1]"},
         "maps": {
             name: {"channels": spec.channels, "activation": spec.activation}
@@ -334,10 +339,16 @@ def _facts_of(model: CellTyper, tile: int, format: str) -> dict[str, Any]:
             # None says that the options of the author's own class are not known
             "options": asdict(method) if is_dataclass(method) else None,
         },
+        "domain": packed_domain(model.domain),
         "encoder": getattr(card, "name", None),
         "encoder_fingerprint": fingerprint(model.encoder),
         "digests": parameter_digest(model),
     }
+
+
+def _outputs(model: CellTyper) -> list[str]:
+    """Names of what the file gives."""
+    return [*model.maps, *([EMBEDDING] if model.domain is not None else [])]
 
 
 def _captured(whole: nn.Module, size: int) -> ExportedProgram:
@@ -398,12 +409,12 @@ def _folded(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def _writer(program: ExportedProgram, maps: list[str], format: str) -> Any:
+def _writer(program: ExportedProgram, outputs: list[str], format: str) -> Any:
     """Convert a program; give the function that writes it with facts, as often as wanted."""
     try:
         with _quiet(), torch.no_grad():
             if format == "onnx":
-                return _onnx_writer(program, maps)
+                return _onnx_writer(program, outputs)
             if format == "torchscript":
                 return _torchscript_writer(program)
     except Exception as error:
@@ -415,13 +426,13 @@ def _writer(program: ExportedProgram, maps: list[str], format: str) -> Any:
     return write
 
 
-def _onnx_writer(program: ExportedProgram, maps: list[str]) -> Any:
+def _onnx_writer(program: ExportedProgram, outputs: list[str]) -> Any:
     converted = torch.onnx.export(
         program,
         dynamo=True,
         verbose=False,
         input_names=[_INPUT],
-        output_names=maps,
+        output_names=outputs,
         opset_version=_OPSET,
     )
     assert converted is not None

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from celltyper import __version__
 from celltyper.atomic import write_json
+from celltyper.cells.colors import colors_of
 from celltyper.config import one_line
 from celltyper.errors import DataError
 
 if TYPE_CHECKING:
-    from celltyper.models import CellTyper
+    from celltyper.types import TileModel
 
 INDEX_FILE = "infer.json"
 
@@ -22,7 +23,7 @@ _NEEDED = {"images", "classes", "colors", "model"}
 
 def write_index(
     folder: Path,
-    model: CellTyper,
+    model: TileModel,
     *,
     run: str,
     device: str,
@@ -38,7 +39,7 @@ def write_index(
     ----------
     folder : Path
         Of the results.
-    model : CellTyper
+    model : CellTyper or ExportedModel
         That found the cells.
     run : str
         Folder of the model.
@@ -49,8 +50,6 @@ def write_index(
     images, failed : sequence of mapping
         What was found where, and what could not be read.
     """
-    from celltyper.models import colors_of  # imports torch, which readers of the file do not need
-
     facts = {
         "celltyper": __version__,
         "model": run,

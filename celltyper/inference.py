@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -18,21 +18,21 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from celltyper.atomic import atomic_path, make_folder
-from celltyper.calibration import calibration_of
+from celltyper.calibration import calibration_of, threshold_of
+from celltyper.cells.colors import colors_of
 from celltyper.cells.geojson import write_geojson
 from celltyper.cells.morphology import measure
 from celltyper.cells.stream import write_csv
 from celltyper.cells.table import cells_table, concat_cells, write_parquet
-from celltyper.checkpoints import load_model
 from celltyper.config import one_line
 from celltyper.datasets import read_image
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.datasets.resolution import check_mpp
 from celltyper.domain import Distance
 from celltyper.errors import ConfigError, DataError
+from celltyper.exported import ExportedModel, exported_for
 from celltyper.index import INDEX_FILE, read_index, write_index
 from celltyper.library.shelf import find_model
-from celltyper.models import CellTyper, colors_of, threshold_of
 from celltyper.outputs import (
     CELLS_FILE,
     GEOJSON_FILE,
@@ -42,10 +42,13 @@ from celltyper.outputs import (
     clear_folder,
     is_slide,
 )
-from celltyper.predict import autocast, pick_device, pick_precision, predict_image
+from celltyper.predict import predict_image
 from celltyper.readers.files import files_by_stem
 from celltyper.report.overlay import save_overlay
-from celltyper.types import Image, Prediction
+from celltyper.types import Image, Prediction, TileModel
+
+if TYPE_CHECKING:
+    from celltyper.models import CellTyper
 
 logger = logging.getLogger("celltyper")
 
@@ -83,7 +86,8 @@ def infer(
     inputs : sequence of str or Path
         Images, or folders of images.
     run : str, Path or None
-        Run folder or checkpoint. A plain word may be the name of a model, and None is that of the
+        Run folder, checkpoint, or ``.onnx`` of `celltyper.exporting`. A plain word may be the
+        name of a model, and None is that of the
         box: see `celltyper.library.shelf.find_model`.
     output : str or Path
         Folder to write to.
@@ -91,14 +95,14 @@ def infer(
         Micrometres per pixel of the images; None takes what the files say. Without a model by
         name, files that say nothing are taken to have `BOX_MPP`, with a warning.
     device : str
-        See `celltyper.predict.pick_device`.
+        See `celltyper.devices.pick_device`.
     batch_size : int or None
         Tiles per forward pass; None takes what the run was configured with.
     symmetries : {1, 2, 4, 8} or None
         Over how many symmetries of a tile maps are averaged; None takes what the run was
         configured with.
     precision : {"fp32", "bf16", "fp16"} or None
-        See `celltyper.predict.pick_precision`.
+        See `celltyper.models.pick_precision`.
     abstain : float or None
         See `celltyper.predict_image`: cells below the threshold are "unknown".
     overwrite : bool
@@ -133,12 +137,10 @@ def infer(
             "another folder"
         )
     check_mpp(mpp)
-    place = pick_device(device)
-    if precision is not None:
-        autocast(place, precision)
-    model = load_model(run, device=place, encoder_weights=encoder_weights, allow_code=allow_code)
-    precision = pick_precision(model, precision)
-    threshold = threshold_of(model, abstain)
+    model, precision = _loaded(
+        run, device, precision, encoder_weights=encoder_weights, allow_code=allow_code
+    )
+    threshold = threshold_of(model.calibration, model.classes, abstain)
     new = not output.exists()
     make_folder(output)
     entries: list[dict[str, Any]] = []
@@ -218,7 +220,7 @@ def infer(
         output,
         model,
         run=str(run.absolute()),
-        device=str(place),
+        device=str(model.device),
         symmetries=symmetries or model.symmetries,
         precision=precision,
         threshold=threshold,
@@ -231,6 +233,35 @@ def infer(
             f"(all in {output / INDEX_FILE}; the other {len(entries)} are done)"
         )
     return output
+
+
+def _loaded(
+    run: Path,
+    device: str,
+    precision: str | None,
+    *,
+    encoder_weights: str | None,
+    allow_code: bool,
+) -> tuple[CellTyper | ExportedModel, str]:
+    """Load a model, exported or in torch, and say in which precision it is to run."""
+    file = exported_for(run, device, precision)
+    if file is not None:
+        if encoder_weights is not None:
+            raise ConfigError(f"{file} holds the whole model: leave out --weights")
+        exported = ExportedModel(file, allow_code=allow_code)
+        if precision not in (None, exported.precision):
+            raise ConfigError(f"{file} computes in {exported.precision}: leave out --precision")
+        return exported, exported.precision
+    # torch takes seconds to import, and as much memory as all the rest
+    from celltyper.checkpoints import load_model
+    from celltyper.devices import autocast, pick_device
+    from celltyper.models import pick_precision
+
+    place = pick_device(device)
+    if precision is not None:
+        autocast(place, precision)
+    model = load_model(run, device=place, encoder_weights=encoder_weights, allow_code=allow_code)
+    return model, pick_precision(model, precision)
 
 
 def find_images(inputs: Sequence[str | Path]) -> dict[str, Path]:
@@ -265,7 +296,7 @@ def find_images(inputs: Sequence[str | Path]) -> dict[str, Path]:
 
 
 def write_prediction(
-    folder: Path, image: Image, prediction: Prediction, model: CellTyper
+    folder: Path, image: Image, prediction: Prediction, model: TileModel
 ) -> pa.Table:
     """Write the cells of one image in every format, the table last, and return the table."""
     colors = colors_of(model)

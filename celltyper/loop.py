@@ -15,13 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celltyper.calibration import FLOOR, Calibration, coverage_thresholds, fit_scaling
-from celltyper.checkpoints import (
-    load_state,
-    read_tensors,
-    save_model,
-    trained_state,
-    write_tensors,
-)
+from celltyper.checkpoints import load_state, read_tensors, save_model, trained_state, write_tensors
 from celltyper.config import Config, Loss, one_line
 from celltyper.datasets import Dataset
 from celltyper.domain import FEWEST_TILES, MOST_TILES, Domain, evenly, fit_domain

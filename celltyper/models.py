@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from celltyper.calibration import ABSTAINED, Calibration
-from celltyper.cells.colors import default_colors
+from celltyper.calibration import Calibration
 from celltyper.config import Config, Encoder
 from celltyper.decoders import build_decoder, stride_option
+from celltyper.devices import autocast, multiplies_bf16
 from celltyper.domain import Domain
 from celltyper.encoders import find_card, load_encoder
 from celltyper.encoders.adapt import Adapted
@@ -20,10 +23,9 @@ from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import ConfigError
 from celltyper.instances import build_instances
 from celltyper.library.shelf import weights_of
-from celltyper.types import InstanceMethod, MapActivation, MapSpec
-
-PHENOTYPE = "phenotype"
-"""Name of the map of class logits, background first."""
+from celltyper.symmetries import turn, turn_back
+from celltyper.transforms.geometry import ORDER
+from celltyper.types import PHENOTYPE, InstanceMethod, MapActivation, MapSpec, OfTiles
 
 
 class CellTyper(nn.Module):
@@ -159,6 +161,54 @@ class CellTyper(nn.Module):
         """Turn raw maps into what `instances` decodes: softmax, sigmoid, as its `maps` say."""
         return {name: _activate(raw[name], spec.activation) for name, spec in self.maps.items()}
 
+    @torch.inference_mode()
+    def predict_tiles(
+        self,
+        pixels: NDArray[np.uint8],
+        *,
+        symmetries: int = 1,
+        precision: str | None = None,
+        features: Sequence[Sequence[Tensor]] | None = None,
+        embed: bool = False,
+    ) -> OfTiles:
+        """Activated maps of tiles of pixels; see `celltyper.types.TileModel.predict_tiles`.
+
+        Runs in evaluation mode; the previous mode is restored.
+        """
+        with evaluating(self):
+            batch, known = self._batch_of(pixels, features)
+            with autocast(self.device, pick_precision(self, precision)):
+                if embed and known is None:
+                    known = list(self.encoder(batch))
+                maps = activated_maps(self, batch, symmetries, known)
+        return OfTiles(
+            {name: values.cpu().numpy() for name, values in maps.items()},
+            mean_of_tiles(known) if embed and known is not None else None,
+        )
+
+    @torch.inference_mode()
+    def embed_tiles(
+        self,
+        pixels: NDArray[np.uint8],
+        *,
+        precision: str = "fp32",
+        features: Sequence[Sequence[Tensor]] | None = None,
+    ) -> NDArray[np.float32]:
+        """Mean of the encoder's last feature map over each tile, (B, C); no decoder runs."""
+        with evaluating(self):
+            batch, known = self._batch_of(pixels, features)
+            with autocast(self.device, precision):
+                return mean_of_tiles(list(self.encoder(batch)) if known is None else known)
+
+    def _batch_of(
+        self, pixels: NDArray[np.uint8], features: Sequence[Sequence[Tensor]] | None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Tiles as the network takes them, and what the encoder gives if that is known."""
+        batch = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
+        if features is None:
+            return batch, None
+        return batch, [torch.stack(x).to(self.device) for x in zip(*features, strict=True)]
+
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
@@ -217,41 +267,79 @@ class Ensemble(CellTyper):
         return raw
 
 
-def colors_of(model: CellTyper) -> tuple[str, ...]:
-    """Colors of the model's phenotypes, its own or the defaults by name."""
-    return model.colors or default_colors(model.classes)
-
-
-def threshold_of(model: CellTyper, abstain: float | None) -> float:
-    """Class probability that a cell needs for a name.
+def pick_precision(model: CellTyper, precision: str | None) -> str:
+    """Precision of the forward pass.
 
     Parameters
     ----------
     model : CellTyper
-    abstain : float or None
-        Share of the validation cells that keeps a name; None gives a name to every cell.
+        On the device that it is to run on.
+    precision : {"fp32", "bf16", "fp16"} or None
+        None takes ``model.precision`` where the device computes faster in it, fp32 elsewhere.
 
     Returns
     -------
-    float
-        0 if every cell has a name.
+    str
 
     Raises
     ------
     ConfigError
-        If the model knows no threshold for it, or a class of its own is called "unknown".
+        See `autocast`.
     """
-    if abstain is None:
-        return 0.0
-    if model.calibration is None:
-        which = "an ensemble" if isinstance(model, Ensemble) else "this model"
-        raise ConfigError(
-            f"abstain: {which} knows no thresholds, which are found on validation cells at the end "
-            "of training (docs/calibration.md); leave --abstain out, or take a calibrated run"
-        )
-    if ABSTAINED in model.classes:
-        raise ConfigError(f"abstain: the model has a class called {ABSTAINED!r} of its own")
-    return model.calibration.threshold(abstain)
+    if precision is not None:
+        autocast(model.device, precision)
+        return precision
+    faster = {"bf16": multiplies_bf16(model.device), "fp16": model.device.type != "cpu"}
+    return model.precision if faster.get(model.precision) else "fp32"
+
+
+def activated_maps(
+    model: CellTyper, batch: Tensor, symmetries: int = 1, features: list[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Activated maps of tiles, averaged over their first symmetries.
+
+    Parameters
+    ----------
+    model : CellTyper
+    batch : Tensor, shape (B, 3, H, W), float32
+        RGB in [0, 1].
+    symmetries : {1, 2, 4, 8}
+        See `predict_maps`.
+    features : list of Tensor, optional
+        What the encoder gives for these tiles as they are, if it is known already.
+
+    Returns
+    -------
+    dict of str to Tensor, each (B, C, H, W)
+    """
+    if symmetries == 1:
+        return model.activate(model(batch, features))
+    total: dict[str, Tensor] = {}
+    for which in ORDER[:symmetries]:
+        # the first of them is the tile as it is
+        known = None if total else features
+        maps = model.activate(model(turn(batch, which), known))
+        for name, values in maps.items():
+            back = turn_back(values, which, vector=model.maps[name].vector)
+            total[name] = total[name] + back if name in total else back
+    return {name: values / symmetries for name, values in total.items()}
+
+
+def mean_of_tiles(features: Sequence[Tensor]) -> NDArray[np.float32]:
+    """Mean of the last feature map (B, C, h, w) over each tile: (B, C)."""
+    mean: NDArray[np.float32] = features[-1].float().mean(dim=(2, 3)).cpu().numpy()
+    return mean
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the previous one afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _is_frozen(encoder: nn.Module) -> bool:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from celltyper.config import Loss
 from celltyper.losses import IGNORED, UNANNOTATED, cross_entropy, dice, focal, map_loss
-from celltyper.models import PHENOTYPE
-from celltyper.types import MapSpec
+from celltyper.types import PHENOTYPE, MapSpec
 
 
 def objective(

@@ -13,8 +13,7 @@ from filelock import FileLock, Timeout
 
 from celltyper.errors import ConfigError
 from celltyper.index import INDEX_FILE
-from celltyper.library.files import PROTOCOL_FILE
-from celltyper.runs import CONFIG_FILE
+from celltyper.library.files import CONFIG_FILE, PROTOCOL_FILE
 
 CELLS_FILE = "cells.parquet"
 GEOJSON_FILE = "cells.geojson"

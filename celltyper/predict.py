@@ -3,135 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+import PIL.Image
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
+from celltyper.calibration import threshold_of
 from celltyper.datasets.resolution import check_mpp
 from celltyper.domain import evenly
 from celltyper.errors import ConfigError, DataError
-from celltyper.features import Canvas, FeatureCache
 from celltyper.labels import label_ids, mean_in_labels, resize_labels
-from celltyper.models import PHENOTYPE, CellTyper, threshold_of
-from celltyper.symmetries import ORDER, turn, turn_back
 from celltyper.tiling import Tile, read_padded, tile_grid
-from celltyper.types import Image, Labels, Prediction
+from celltyper.types import PHENOTYPE, Image, Labels, Prediction, TileModel
+
+if TYPE_CHECKING:
+    from celltyper.features import Canvas, FeatureCache
+    from celltyper.models import CellTyper
 
 SAME_MPP = 0.01
 """Relative difference of resolutions below which an image is not rescaled."""
 
 
-def pick_device(device: str = "auto") -> torch.device:
-    """Choose where to compute.
-
-    Parameters
-    ----------
-    device : str
-        ``"auto"`` takes CUDA, then MPS, then the CPU; anything else is torch's name of a device.
-
-    Returns
-    -------
-    torch.device
-
-    Raises
-    ------
-    ConfigError
-        If the device is unknown or not available.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device {device!r} is not available here ({first}); use auto or cpu"
-        ) from error
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
-    """Context of mixed precision, refused where it would be slower than float32.
-
-    Parameters
-    ----------
-    device : torch.device
-    precision : {"fp32", "bf16", "fp16"}
-
-    Returns
-    -------
-    context manager
-
-    Raises
-    ------
-    ConfigError
-        For fp16 on a CPU, or bf16 on a CPU without the instructions (2 to 9 times slower there).
-    """
-    if precision == "fp32":
-        return nullcontext()
-    if device.type == "cpu" and (precision == "fp16" or not _has_bf16_instructions()):
-        raise ConfigError(f"precision {precision} is not supported by this CPU; use fp32")
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-
-
-def pick_precision(model: CellTyper, precision: str | None) -> str:
-    """Precision of the forward pass.
-
-    Parameters
-    ----------
-    model : CellTyper
-        On the device that it is to run on.
-    precision : {"fp32", "bf16", "fp16"} or None
-        None takes ``model.precision`` where the device computes faster in it, fp32 elsewhere.
-
-    Returns
-    -------
-    str
-
-    Raises
-    ------
-    ConfigError
-        See `autocast`.
-    """
-    if precision is not None:
-        autocast(model.device, precision)
-        return precision
-    faster = {"bf16": multiplies_bf16(model.device), "fp16": model.device.type != "cpu"}
-    return model.precision if faster.get(model.precision) else "fp32"
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bf16 itself; emulation is slower than float32.
-
-    Parameters
-    ----------
-    device : torch.device
-
-    Returns
-    -------
-    bool
-    """
-    if device.type == "cuda":
-        # emulated before Ampere
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type != "cpu" or _has_bf16_instructions()
-
-
-def _has_bf16_instructions() -> bool:
-    """Whether the CPU multiplies bf16 itself; emulation is 2 to 9 times slower than float32."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-
-
-@torch.inference_mode()
 def predict_maps(
-    model: CellTyper,
+    model: TileModel,
     image: Image,
     *,
     tile: int | None = None,
@@ -147,7 +42,7 @@ def predict_maps(
 
     Parameters
     ----------
-    model : CellTyper
+    model : CellTyper or ExportedModel
         Used in evaluation mode; its previous mode is restored.
     image : ndarray of uint8, shape (H, W, 3)
         RGB at the model's resolution. Borders are mirrored, so images smaller than a tile work.
@@ -160,7 +55,7 @@ def predict_maps(
         Every tile is shown so many times, turned and mirrored, and the activated maps are
         averaged (test-time augmentation); None takes ``model.symmetries``.
     precision : {"fp32", "bf16", "fp16"} or None
-        See `pick_precision`.
+        See `celltyper.models.pick_precision`.
     progress : callable or None
         Called with (tiles done, tiles in all).
     features : FeatureCache or None
@@ -180,38 +75,34 @@ def predict_maps(
         name: np.empty((spec.channels, *image.shape[:2]), np.float32)
         for name, spec in model.maps.items()
     }
-    precision = pick_precision(model, precision)
     turns = symmetries or model.symmetries
     if turns not in (1, 2, 4, 8):
         raise ConfigError(f"symmetries must be 1, 2, 4 or 8, got {turns}")
     step = batch_size or model.batch_size
-    was_training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(tiles), step):
-            part = tiles[start : start + step]
-            batch, known = _batch_of(model, image, part, canvas)
-            with autocast(model.device, precision):
-                if pooled is not None:
-                    known = list(model.encoder(batch)) if known is None else known
-                    pooled.append(mean_of_tiles(known))
-                means = activated_maps(model, batch, turns, known)
-            for name, values in means.items():
-                host = values.cpu().numpy()
-                for i, (read, write) in enumerate(part):
-                    inside = (
-                        slice(write.row - read.row, write.row - read.row + write.height),
-                        slice(write.col - read.col, write.col - read.col + write.width),
-                    )
-                    maps[name][:, *write.slices] = host[i][:, *inside]
-            if progress:
-                progress(min(start + step, len(tiles)), len(tiles))
-    finally:
-        model.train(was_training)
+    for start in range(0, len(tiles), step):
+        part = tiles[start : start + step]
+        pixels, windows = _read_tiles(image, part, canvas)
+        found = model.predict_tiles(
+            pixels,
+            symmetries=turns,
+            precision=precision,
+            features=windows,
+            embed=pooled is not None,
+        )
+        if pooled is not None and found.embeddings is not None:
+            pooled.append(found.embeddings)
+        for name, values in found.maps.items():
+            for i, (read, write) in enumerate(part):
+                inside = (
+                    slice(write.row - read.row, write.row - read.row + write.height),
+                    slice(write.col - read.col, write.col - read.col + write.width),
+                )
+                maps[name][:, *write.slices] = values[i][:, *inside]
+        if progress:
+            progress(min(start + step, len(tiles)), len(tiles))
     return maps
 
 
-@torch.inference_mode()
 def tile_embeddings(
     model: CellTyper,
     image: Image,
@@ -245,21 +136,13 @@ def tile_embeddings(
     tiles = [tiles[i] for i in evenly(len(tiles), most)]
     found = []
     for start in range(0, len(tiles), model.batch_size):
-        part = tiles[start : start + model.batch_size]
-        batch, known = _batch_of(model, image, part, canvas)
-        with autocast(model.device, precision):
-            found.append(mean_of_tiles(list(model.encoder(batch)) if known is None else known))
+        pixels, windows = _read_tiles(image, tiles[start : start + model.batch_size], canvas)
+        found.append(model.embed_tiles(pixels, precision=precision, features=windows))
     return np.concatenate(found)
 
 
-def mean_of_tiles(features: Sequence[Tensor]) -> NDArray[np.float32]:
-    """Mean of the last feature map (B, C, h, w) over each tile: (B, C)."""
-    mean: NDArray[np.float32] = features[-1].float().mean(dim=(2, 3)).cpu().numpy()
-    return mean
-
-
 def _tiles_of(
-    model: CellTyper,
+    model: TileModel,
     image: Image,
     tile: int | None,
     overlap: int | None,
@@ -276,52 +159,16 @@ def _tiles_of(
         raise ConfigError(f"infer.overlap: {error}") from error
 
 
-def _batch_of(
-    model: CellTyper, image: Image, tiles: Sequence[Tile], canvas: Canvas | None
-) -> tuple[Tensor, list[Tensor] | None]:
-    """Pixels of some tiles as the model takes them, and their features if they are known."""
-    pixels = np.stack([read_padded(image, t.read) for t in tiles])
-    batch = torch.from_numpy(pixels).to(model.device).permute(0, 3, 1, 2).float() / 255
-    if canvas is None:
-        return batch, None
-    windows = [canvas.window(t.read) for t in tiles]
-    return batch, [torch.stack(x).to(model.device) for x in zip(*windows, strict=True)]
-
-
-def activated_maps(
-    model: CellTyper, batch: Tensor, symmetries: int = 1, features: list[Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Activated maps of tiles, averaged over their first symmetries.
-
-    Parameters
-    ----------
-    model : CellTyper
-    batch : Tensor, shape (B, 3, H, W), float32
-        RGB in [0, 1].
-    symmetries : {1, 2, 4, 8}
-        See `predict_maps`.
-    features : list of Tensor, optional
-        What the encoder gives for these tiles as they are, if it is known already.
-
-    Returns
-    -------
-    dict of str to Tensor, each (B, C, H, W)
-    """
-    if symmetries == 1:
-        return model.activate(model(batch, features))
-    total: dict[str, Tensor] = {}
-    for which in ORDER[:symmetries]:
-        # the first of them is the tile as it is
-        known = None if total else features
-        maps = model.activate(model(turn(batch, which), known))
-        for name, values in maps.items():
-            back = turn_back(values, which, vector=model.maps[name].vector)
-            total[name] = total[name] + back if name in total else back
-    return {name: values / symmetries for name, values in total.items()}
+def _read_tiles(
+    image: Image, tiles: Sequence[Tile], canvas: Canvas | None
+) -> tuple[NDArray[np.uint8], list[Any] | None]:
+    """Pixels of some tiles (B, H, W, 3), and their features if they are known."""
+    pixels = np.stack([read_padded(image, tile.read) for tile in tiles])
+    return pixels, None if canvas is None else [canvas.window(tile.read) for tile in tiles]
 
 
 def predict_image(
-    model: CellTyper,
+    model: TileModel,
     image: Image,
     mpp: float | None = None,
     *,
@@ -339,7 +186,7 @@ def predict_image(
 
     Parameters
     ----------
-    model : CellTyper
+    model : CellTyper or ExportedModel
     image : ndarray of uint8, shape (H, W, 3)
         RGB, any size.
     mpp : float or None
@@ -371,7 +218,7 @@ def predict_image(
             f"image {name!r} must be (H, W, 3) uint8 and not empty, got {image.shape} {image.dtype}"
         )
     check_mpp(mpp)
-    threshold = threshold_of(model, abstain)
+    threshold = threshold_of(model.calibration, model.classes, abstain)
     scaled = image
     if model.mpp is not None:
         if mpp is None:
@@ -431,11 +278,18 @@ def rescale(image: Image, factor: float) -> Image:
     """
     if abs(factor - 1) < SAME_MPP:
         return image
-    shape = [max(1, round(side * factor)) for side in image.shape[:2]]
-    # Pillow's arrays are read-only, of which torch would warn the user.
-    pixels = torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)[None].float()
-    out = F.interpolate(pixels, shape, mode="bilinear", align_corners=False, antialias=True)
-    return out[0].round_().clamp_(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+    height, width = (max(1, round(side * factor)) for side in image.shape[:2])
+    out = np.empty((height, width, 3), np.uint8)
+    for channel in range(3):
+        plane = _resized(image[..., channel].astype(np.float32), (height, width))
+        out[..., channel] = np.clip(np.rint(plane), 0, 255)
+    return out
+
+
+def _resized(plane: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Bilinear, with anti-aliasing where it shrinks, in float32."""
+    resized = PIL.Image.fromarray(plane).resize(shape[::-1], PIL.Image.Resampling.BILINEAR)
+    return np.asarray(resized)
 
 
 def _labels_to(
@@ -449,9 +303,5 @@ def _labels_to(
     return renumber[moved], cells[kept - 1]
 
 
-def _maps_to(maps: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    out = F.interpolate(
-        torch.from_numpy(maps)[None], shape, mode="bilinear", align_corners=False, antialias=True
-    )
-    result: NDArray[np.float32] = out[0].numpy()
-    return result
+def _maps_to(maps: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
+    return np.stack([_resized(plane, shape) for plane in maps])

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from celltyper.atomic import make_folder, write_text
-from celltyper.checkpoints import DOMAIN, load_model, model_folders, read_tensors, write_tensors
+from celltyper.checkpoints import DOMAIN, load_model, read_tensors, write_tensors
 from celltyper.config import Encoder
 from celltyper.encoders.adapt import Adapted
 from celltyper.encoders.cards import card_of_hub_id
@@ -18,10 +18,9 @@ from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import ConfigError, RunError
 from celltyper.exporting import Exported, WholeModel, check_folder, largest_difference
 from celltyper.library.cards import CARD_FILE
-from celltyper.library.files import MODEL_FILE, RUN_FILE
+from celltyper.library.files import CONFIG_FILE, MODEL_FILE, RUN_FILE, model_folders
 from celltyper.library.shelf import find_model
 from celltyper.models import CellTyper
-from celltyper.runs import CONFIG_FILE
 
 HALF_TOLERANCE = 0.01
 """Largest difference to the model itself, over all pixels of all maps, that a copy may have."""

@@ -17,11 +17,11 @@ from celltyper.datasets import Dataset
 from celltyper.datasets.dataset import listing
 from celltyper.evaluation import Estimate, ImageScores, Summary, summarise
 from celltyper.library.cards import card_line
-from celltyper.library.files import RUN_FILE
+from celltyper.library.files import CONFIG_FILE, RUN_FILE
 from celltyper.metrics.calibration import expected_calibration_error, reliability_table
 from celltyper.report.coverage import coverage_table
 from celltyper.report.data import Metric, Reliability, Report, ReportImage, Table
-from celltyper.runs import CONFIG_FILE, HISTORY_FILE
+from celltyper.runs import HISTORY_FILE
 from celltyper.types import Prediction, Sample
 
 SHOWN_IMAGES = 12

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from celltyper import __version__
 from celltyper.atomic import make_folder, write_json, write_text
-from celltyper.checkpoints import load_model, model_folders
+from celltyper.checkpoints import load_model
 from celltyper.datasets import Dataset
 from celltyper.datasets.resolution import check_mpp
+from celltyper.devices import autocast, pick_device
 from celltyper.errors import DataError
 from celltyper.evaluation import (
     Estimate,
@@ -31,13 +32,13 @@ from celltyper.evaluation import (
 from celltyper.index import INDEX_FILE, read_index
 from celltyper.inference import read_predictions
 from celltyper.labels import label_ids, mean_in_labels
-from celltyper.library.files import RUN_FILE
+from celltyper.library.files import RUN_FILE, model_folders
 from celltyper.library.shelf import find_model, results_folder
 from celltyper.metrics.calibration import (
     classwise_calibration_error,
     expected_calibration_error,
 )
-from celltyper.predict import autocast, pick_device, predict_image
+from celltyper.predict import predict_image
 from celltyper.readers import open_dataset, open_parts
 from celltyper.report.html import write_report
 from celltyper.reporting import image_scores, make_report, notice_of, read_json

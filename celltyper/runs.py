@@ -24,11 +24,10 @@ from celltyper.encoders.hub import HUB_NAMES, MADE_NAMES, find_weights
 from celltyper.encoders.lora import read_adapter
 from celltyper.errors import ConfigError
 from celltyper.labels import label_ids
-from celltyper.library.files import MODEL_FILE, RUN_FILE
+from celltyper.library.files import CONFIG_FILE, MODEL_FILE, RUN_FILE
 from celltyper.library.shelf import pinned, weights_of
 from celltyper.models import CellTyper
 
-CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.csv"
 LAST_FILE = "last.safetensors"
 LOCK_FILE = ".lock"

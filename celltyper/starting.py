@@ -7,12 +7,13 @@ from typing import TypeVar
 
 import torch
 
-from celltyper.checkpoints import read_tensors, task_of_run
+from celltyper.checkpoints import read_tensors
 from celltyper.config import Config, Encoder, Infer, Section, parse_config
 from celltyper.errors import CheckpointError, ConfigError
-from celltyper.library.files import check_format, read_header
+from celltyper.library.files import check_format, read_header, task_of_run
 from celltyper.library.shelf import OF_MODEL, pinned, weights_of
-from celltyper.models import PHENOTYPE, CellTyper
+from celltyper.models import CellTyper
+from celltyper.types import PHENOTYPE
 
 OF_TRAINING = ("adapt", "lora", "last_n", "layer_decay", "checkpointing", "cache", "cache_gb")
 """What of the encoder's section says how it is trained, not what it is."""

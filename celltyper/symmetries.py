@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ORDER = (0, 4, 2, 6, 1, 3, 5, 7)
-"""Symmetries of `celltyper.transforms.symmetry`: the image, its mirrors, then its quarter turns."""
-
 
 def turn(images: Tensor, which: int) -> Tensor:
     """Apply one of the eight symmetries of the square.

@@ -15,10 +15,9 @@ from celltyper.config import Augment, Config
 from celltyper.datasets.tiles import TileSampler
 from celltyper.features import Canvas
 from celltyper.losses import IGNORED, UNANNOTATED
-from celltyper.models import PHENOTYPE
 from celltyper.tiling import Region
 from celltyper.transforms import augment
-from celltyper.types import UNKNOWN, Image, InstanceMethod, Labels, Sample
+from celltyper.types import PHENOTYPE, UNKNOWN, Image, InstanceMethod, Labels, Sample
 
 FEATURES = "features."
 """Prefix of the encoder's maps where they are known."""

@@ -29,6 +29,7 @@ from celltyper.checkpoints import read_tensors
 from celltyper.config import Config, Train
 from celltyper.datasets import Dataset, resample
 from celltyper.datasets.tiles import TileSampler
+from celltyper.devices import autocast, multiplies_bf16, pick_device
 from celltyper.encoders.trainability import check_trainability, parameter_digest
 from celltyper.errors import ConfigError, DataError, TrainingError
 from celltyper.evaluation import SCORES
@@ -37,7 +38,7 @@ from celltyper.library.files import MODEL_FILE, RUN_FILE
 from celltyper.loop import Loop, check_compile, class_weights
 from celltyper.models import CellTyper, build_model
 from celltyper.parts import Parts, divide
-from celltyper.predict import SAME_MPP, autocast, multiplies_bf16, pick_device
+from celltyper.predict import SAME_MPP
 from celltyper.runs import (
     LAST_FILE,
     Progress,
@@ -78,7 +79,7 @@ def train(
         The run folder: ``model.safetensors`` (best on validation), ``last.safetensors``,
         ``config.yaml``, ``history.csv``, ``run.json``.
     device : str
-        See `celltyper.predict.pick_device`.
+        See `celltyper.devices.pick_device`.
     resume : bool
         Go on with an unfinished run of the same config; the result equals an uninterrupted run.
     overwrite : bool

@@ -7,15 +7,15 @@ square from ``(0, 0)`` to ``(1, 1)``: QuPath's and OpenSlide's convention.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from celltyper.calibration import Calibration, class_probabilities
-from celltyper.domain import Distance
+from celltyper.domain import Distance, Domain
 from celltyper.errors import DataError
 
 Image = NDArray[np.uint8]
@@ -26,6 +26,9 @@ Labels = NDArray[np.int32]
 
 UNKNOWN = 255
 """Phenotype of a nucleus whose class the annotation leaves open."""
+
+PHENOTYPE = "phenotype"
+"""Name of the map of class logits or probabilities, background first."""
 
 Maps = Mapping[str, NDArray[np.float32]]
 """Pixel maps by name, each ``(C, H, W)`` float32, activated (probabilities, not logits)."""
@@ -164,6 +167,63 @@ class InstanceMethod(Protocol):
         ------
         DataError
             In celltyper's own methods, if a map is missing or has another shape.
+        """
+        ...
+
+
+class OfTiles(NamedTuple):
+    """What a model gives for a batch of tiles."""
+
+    maps: Mapping[str, NDArray[np.float32]]
+    """Activated, each (B, C, H, W)."""
+    embeddings: NDArray[np.float32] | None
+    """Mean of the encoder's last feature map over each tile, (B, C), if it was asked for."""
+
+
+class TileModel(Protocol):
+    """What cells are predicted with.
+
+    `celltyper.CellTyper` computes in torch, `celltyper.exported.ExportedModel` in ONNX Runtime. The
+    attributes are those of `celltyper.CellTyper`.
+    """
+
+    classes: tuple[str, ...]
+    colors: tuple[str, ...]
+    mpp: float | None
+    tile: int
+    overlap: int
+    batch_size: int
+    symmetries: int
+    maps: dict[str, MapSpec]
+    instances: InstanceMethod
+    calibration: Calibration | None
+    domain: Domain | None
+
+    def predict_tiles(
+        self,
+        pixels: NDArray[np.uint8],
+        *,
+        symmetries: int = 1,
+        precision: str | None = None,
+        features: Sequence[Any] | None = None,
+        embed: bool = False,
+    ) -> OfTiles:
+        """Activated maps of tiles.
+
+        Parameters
+        ----------
+        pixels : ndarray of uint8, shape (B, H, W, 3)
+            RGB at the model's resolution.
+        symmetries, precision
+            See `celltyper.predict.predict_maps`.
+        features : sequence or None
+            Of every tile what the encoder gives, if that is known.
+        embed : bool
+            Whether embeddings are wanted.
+
+        Returns
+        -------
+        OfTiles
         """
         ...
 

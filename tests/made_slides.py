@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from celltyper.calibration import Calibration
 from celltyper.domain import Domain
 from celltyper.instances import HV
-from celltyper.models import PHENOTYPE
+from celltyper.models import CellTyper
 from celltyper.slides import Slide
 from celltyper.slides.source import Tile, piece
 from celltyper.tiling import Region
-from celltyper.types import Labels, MapSpec
+from celltyper.types import PHENOTYPE, Labels, MapSpec
 
 CLASSES = ("tumor", "stroma")
 MIDDLE = 128
@@ -129,6 +129,8 @@ class PixelModel(nn.Module):
             "nucleus": nucleus,
             "hv": (values[:, 1:] - MIDDLE) / MIDDLE,
         }
+
+    predict_tiles, _batch_of = CellTyper.predict_tiles, CellTyper._batch_of
 
     def activate(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         return raw

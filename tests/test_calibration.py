@@ -225,8 +225,8 @@ def test_training_stores_what_fits_the_cells_of_validation(
     celltyper_command: Callable[..., Any],
 ) -> None:
     from celltyper import loop
+    from celltyper.calibration import threshold_of
     from celltyper.checkpoints import load_model, read_tensors, write_tensors
-    from celltyper.models import threshold_of
     from celltyper.predict import predict_image
     from celltyper.readers import open_dataset
     from celltyper.training import train
@@ -262,7 +262,7 @@ def test_training_stores_what_fits_the_cells_of_validation(
     old = load_model(tmp_path / "model.safetensors")
     assert old.calibration is None
     with pytest.raises(ConfigError, match="abstain: this model knows no thresholds"):
-        threshold_of(old, 0.9)
+        threshold_of(old.calibration, old.classes, 0.9)
 
     words = ("infer", made_data / "val" / "images", "--mpp", 0.5, "--abstain", 0.9, "-q", "-m")
     code, _, err = celltyper_command(*words, tmp_path / "model.safetensors", "-o", tmp_path / "no")

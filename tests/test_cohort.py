@@ -543,7 +543,7 @@ def test_options_of_slides_are_not_for_patches(
     infer: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("celltyper.checkpoints.task_of_run", lambda _: "patches")
+    monkeypatch.setattr("celltyper.library.files.task_of_run", lambda _: "patches")
     outcome = infer(slides / "a.tif", "-o", tmp_path / "out", *words)
     assert_refused(outcome, f"{words[0]} is for images of cells, and this is about patches")
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from celltyper.checkpoints import load_model, model_folders
+from celltyper.checkpoints import load_model
 from celltyper.config import Config, parse_config
 from celltyper.errors import CheckpointError, ConfigError, DataError
 from celltyper.exporting import export_model
+from celltyper.library.files import model_folders
 from celltyper.models import CellTyper, Ensemble, build_model
 from celltyper.predict import predict_image
 from celltyper.protocols import load_protocol, run_protocol

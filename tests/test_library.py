@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from celltyper.__main__ import cli
 from celltyper.errors import CheckpointError, ConfigError
+from celltyper.exported import EXPORTED_FILE
 from celltyper.library import shelf
 from celltyper.library.cards import card_line, read_card
 from celltyper.library.fetching import fetch_model, read_source, remove_model
@@ -587,7 +588,10 @@ def keeps_its_promise(folder: Path) -> None:
     assert card is not None
     assert any("diagnos" in text for text in card.not_for)
     assert card.figures
-    assert {path.name for path in folder.iterdir()} <= {MODEL_FILE, "card.yaml", "run.json"}
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert files.keys() <= {MODEL_FILE, EXPORTED_FILE, "card.yaml", "run.json"}
+    # the graph is no second copy of the weights
+    assert files.get(EXPORTED_FILE, 0) < 2e6
 
 
 def test_models_of_the_box_keep_its_promise(tmp_path: Path) -> None:

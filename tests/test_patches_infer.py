@@ -530,7 +530,7 @@ def test_wrong_geojson_is_named(
 def test_options_of_patches_are_refused_for_models_of_cells(
     tiny: Callable[..., Any], made_data: Path, tmp_path: Path, celltyper_command: Run
 ) -> None:
-    from celltyper.checkpoints import task_of_run
+    from celltyper.library.files import task_of_run
     from celltyper.training import train
 
     run = train(tiny(made_data, "train.steps=2"), tmp_path / "dense", device="cpu", progress=False)
@@ -545,7 +545,7 @@ def test_options_of_patches_are_refused_for_models_of_cells(
 
 
 def test_task_of_a_run_of_patches(made: Made) -> None:
-    from celltyper.checkpoints import task_of_run
+    from celltyper.library.files import task_of_run
 
     for path in (made.run, made.run / "model.safetensors", made.folds, made.folds / "fold-2"):
         assert task_of_run(path) == "patches"

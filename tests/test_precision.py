@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from celltyper import infer, load_model, predict, predict_image
+from celltyper import devices, infer, load_model, models, predict_image
 from celltyper.config import Config
 from celltyper.errors import ConfigError
 from celltyper.models import CellTyper
@@ -29,16 +29,16 @@ def run(tiny: Tiny, made_data: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_a_model_has_its_own_where_the_processor_multiplies_it(
     supported: bool, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "_has_bf16_instructions", lambda: supported)
+    monkeypatch.setattr(devices, "_has_bf16_instructions", lambda: supported)
     model = load_model(run, device="cpu")
     assert model.precision == "bf16"
-    assert predict.pick_precision(model, None) == ("bf16" if supported else "fp32")
-    assert predict.pick_precision(model, "fp32") == "fp32"
+    assert models.pick_precision(model, None) == ("bf16" if supported else "fp32")
+    assert models.pick_precision(model, "fp32") == "fp32"
     if not supported:
         with pytest.raises(ConfigError, match="bf16 is not supported by this CPU; use fp32"):
-            predict.pick_precision(model, "bf16")
+            models.pick_precision(model, "bf16")
     with pytest.raises(ConfigError, match="fp16 is not supported by this CPU"):
-        predict.pick_precision(model, "fp16")
+        models.pick_precision(model, "fp16")
 
 
 def seen_types(model: CellTyper) -> list[torch.dtype]:
@@ -50,7 +50,7 @@ def seen_types(model: CellTyper) -> list[torch.dtype]:
 
 
 def test_the_network_computes_in_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "_has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(devices, "_has_bf16_instructions", lambda: True)
     model = load_model(run, device="cpu")
     types = seen_types(model)
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
@@ -64,7 +64,7 @@ def test_the_network_computes_in_it(run: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_folder_says_which(
     run: Path, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "_has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(devices, "_has_bf16_instructions", lambda: False)
     images = made_data / "val" / "images"
     infer([images], run, tmp_path / "out", mpp=0.5, device="cpu", progress=False)
     assert json.loads((tmp_path / "out" / "infer.json").read_text())["precision"] == "fp32"

@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from celltyper.checkpoints import model_folders
 from celltyper.config import Data
 from celltyper.datasets import Dataset
 from celltyper.datasets.merging import UNSTATED
 from celltyper.errors import CheckpointError, DataError
+from celltyper.library.files import model_folders
 from celltyper.protocols.plan import PlannedRun, plan_runs
 from celltyper.protocols.protocol import Protocol
 

@@ -17,9 +17,10 @@ from celltyper.errors import ConfigError
 from celltyper.instances import METHODS, build_instances
 from celltyper.models import CellTyper
 from celltyper.predict import predict_maps
-from celltyper.symmetries import ORDER, turn, turn_back
+from celltyper.symmetries import turn, turn_back
 from celltyper.training import train
 from celltyper.transforms import symmetry
+from celltyper.transforms.geometry import ORDER
 
 TILE = {"tile": 64, "overlap": 16}
 

@@ -392,7 +392,7 @@ def test_images_that_the_data_keep_for_a_test_never_train(
 def test_one_process_trains_at_one_precision_and_then_at_another(
     tiny: Tiny, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("celltyper.predict._has_bf16_instructions", lambda: True)
+    monkeypatch.setattr("celltyper.devices._has_bf16_instructions", lambda: True)
     for precision in ("bf16", "fp32"):
         config = tiny(made_data, f"train.precision={precision}", "train.steps=1")
         assert train(config, tmp_path / precision, device="cpu", progress=False).is_dir()

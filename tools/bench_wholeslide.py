@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from celltyper.encoders import load_encoder
 from celltyper.instances import HV
-from celltyper.models import PHENOTYPE, CellTyper
+from celltyper.models import CellTyper
 from celltyper.slides import open_slide, tissue_mask
-from celltyper.types import MapSpec
+from celltyper.types import PHENOTYPE, MapSpec
 from celltyper.wholeslide import infer_slide
 
 TILE, OVERLAP = 256, 64

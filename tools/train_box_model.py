@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from box_graph import write_graph
 from numpy.typing import NDArray
 from skimage.color import lab2rgb, rgb2lab
 from skimage.io import imread
@@ -111,6 +112,7 @@ def main() -> None:
     write_json(work / "figures.json", rows)
     if options.to is not None:
         ship(run, both, _figures_of(options.output), options.to / NAME)
+        write_graph(options.to / NAME)
         mitosis(options.data / "ami-br", options.to, work, options.device)
 
 

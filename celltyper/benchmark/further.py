@@ -10,15 +10,15 @@ import numpy as np
 from tqdm import tqdm
 
 from celltyper.benchmark.spec import FurtherData
-from celltyper.checkpoints import model_folders
 from celltyper.classification.config import PatchData
 from celltyper.classification.ensemble import check_resolution_known
 from celltyper.classification.model import EmbeddingProbe, PatchModel, load_patch_model
 from celltyper.classification.preparing import open_labelled
 from celltyper.classification.seen import find_seen
+from celltyper.devices import pick_device
 from celltyper.errors import DataError
+from celltyper.library.files import model_folders
 from celltyper.patches.table import PatchTable
-from celltyper.predict import pick_device
 from celltyper.protocols.patches import typed_patches, write_typed
 
 

@@ -27,10 +27,11 @@ from celltyper.classification.preparing import PatchParts, as_dataset, counts_of
 from celltyper.classification.training import Embedded, fit_run, resolve_patches
 from celltyper.config import Config, one_line
 from celltyper.datasets import Dataset
+from celltyper.devices import pick_device
 from celltyper.parts import open_whole
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_patch
-from celltyper.predict import pick_device, predict_image
+from celltyper.predict import predict_image
 from celltyper.protocols.plan import PlannedRun, plan_runs
 from celltyper.protocols.running import Seen, look_at
 from celltyper.protocols.scores import SCORES_FILE

@@ -34,10 +34,10 @@ from celltyper.benchmark.published import read_published
 from celltyper.benchmark.spec import Benchmark, Cell, cells_of
 from celltyper.classification.config import PatchConfig
 from celltyper.config import Config, Section, one_line
+from celltyper.devices import pick_device
 from celltyper.errors import CelltyperError, ConfigError, DataError
 from celltyper.library.files import PROTOCOL_FILE
 from celltyper.made import write_made_cells, write_made_patches
-from celltyper.predict import pick_device
 from celltyper.protocols import run_patch_protocol, run_protocol
 from celltyper.protocols.scores import SCORES_FILE
 from celltyper.protocols.table import read_plan
@@ -128,7 +128,7 @@ def run_benchmark(
     overrides : sequence of str
         Assignments for every config.
     device : str
-        See `celltyper.predict.pick_device`.
+        See `celltyper.devices.pick_device`.
     workers : int
         Processes of this machine, one cell each; GPUs are dealt out among them.
     cluster : str or None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from celltyper.errors import ConfigError
+from celltyper.types import TileModel
 
 # Okabe & Ito, Color Universal Design (2008), without black, which H&E and outlines hide.
 _RED, _BLUE, _GREEN, _YELLOW = "#d55e00", "#0072b2", "#009e73", "#f0e442"
@@ -28,6 +29,11 @@ _KNOWN = (
     (r"epitheli", _RED),
     (r"other|unknown|unlabel|misc|ambiguous|rest\b", _GREY),
 )
+
+
+def colors_of(model: TileModel) -> tuple[str, ...]:
+    """Colors of the model's phenotypes, its own or the defaults by name."""
+    return model.colors or default_colors(model.classes)
 
 
 def default_colors(

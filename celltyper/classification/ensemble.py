@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from celltyper.calibration import ABSTAINED
-from celltyper.checkpoints import model_folders
 from celltyper.classification.model import PatchModel, load_patch_models
 from celltyper.errors import ConfigError, DataError
 from celltyper.library.cards import card_line
+from celltyper.library.files import model_folders
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import padded, read_header
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from celltyper.atomic import make_folder, write_json
-from celltyper.checkpoints import model_folders
 from celltyper.classification.config import PatchData
 from celltyper.classification.ensemble import (
     check_resolution_known,
@@ -42,8 +41,10 @@ from celltyper.classification.seen import find_seen, training_part
 from celltyper.classification.typed import typed_table, write_table
 from celltyper.config import dump_config, one_line
 from celltyper.datasets.resolution import check_mpp
+from celltyper.devices import pick_device
 from celltyper.errors import DataError
 from celltyper.evaluation import COVERAGES, Selected, select
+from celltyper.library.files import model_folders
 from celltyper.library.shelf import find_model, results_folder
 from celltyper.metrics.bootstrap import PairedDifference
 from celltyper.metrics.comparison import ScoredPatches, paired_difference
@@ -53,7 +54,6 @@ from celltyper.patches.checking import readable
 from celltyper.patches.reading import open_patches
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_header
-from celltyper.predict import pick_device
 from celltyper.runs import METRICS_FILE, evaluation_folder
 
 logger = logging.getLogger("celltyper")

@@ -36,9 +36,10 @@ from celltyper.classification.typed import (
 )
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.datasets.resolution import check_mpp
+from celltyper.devices import pick_device
 from celltyper.errors import ConfigError, DataError
 from celltyper.index import INDEX_FILE
-from celltyper.library.files import PROTOCOL_FILE
+from celltyper.library.files import CONFIG_FILE, PROTOCOL_FILE
 from celltyper.library.shelf import find_model
 from celltyper.patches.checking import readable
 from celltyper.patches.folders import class_folders, pictures
@@ -47,9 +48,7 @@ from celltyper.patches.sources import SUFFIXES
 from celltyper.patches.table import Patch, PatchTable, build_table
 from celltyper.patches.tables import read_csv
 from celltyper.patches.windows import read_header
-from celltyper.predict import pick_device
 from celltyper.readers.meta import read_meta
-from celltyper.runs import CONFIG_FILE
 
 logger = logging.getLogger("celltyper")
 
@@ -119,7 +118,7 @@ def infer_patches(
     mpp : float or None
         Micrometres per pixel of the files; None takes what they say.
     device : str
-        See `celltyper.predict.pick_device`.
+        See `celltyper.devices.pick_device`.
     batch_size : int or None
         Windows per forward pass; None takes what the run was configured with.
     symmetries : {1, 2, 4, 8} or None

@@ -14,13 +14,7 @@ from numpy.typing import NDArray
 from celltyper import __version__
 from celltyper.cache import cache_folder
 from celltyper.calibration import Calibration, calibration_of
-from celltyper.checkpoints import (
-    load_state,
-    model_folders,
-    read_tensors,
-    trained_state,
-    write_tensors,
-)
+from celltyper.checkpoints import load_state, read_tensors, trained_state, write_tensors
 from celltyper.classification.config import PatchConfig
 from celltyper.classification.embedding import Embedder, embed_table
 from celltyper.classification.network import PatchNetwork, build_network
@@ -28,7 +22,7 @@ from celltyper.config import parse_config
 from celltyper.encoders import load_encoder
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import CheckpointError
-from celltyper.library.files import FORMAT, MODEL_FILE, check_format
+from celltyper.library.files import FORMAT, MODEL_FILE, check_format, model_folders
 from celltyper.library.shelf import weights_of
 from celltyper.patches.table import PatchTable
 from celltyper.probes import Probe, load_probe

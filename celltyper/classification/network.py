@@ -18,7 +18,8 @@ from celltyper.encoders.adapt import Adapted, adapt_encoder
 from celltyper.errors import ConfigError
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_patch
-from celltyper.symmetries import ORDER, turn
+from celltyper.symmetries import turn
+from celltyper.transforms.geometry import ORDER
 
 
 class PatchNetwork(nn.Module):

@@ -37,6 +37,7 @@ from celltyper.classification.preparing import (
     positive_class,
     size_of,
 )
+from celltyper.devices import pick_device
 from celltyper.errors import DataError
 from celltyper.library.files import RUN_FILE
 from celltyper.losses import effective_class_weights
@@ -45,7 +46,6 @@ from celltyper.metrics.ranking import choose_threshold
 from celltyper.metrics.scoring import patch_reliability
 from celltyper.patches.table import PatchTable
 from celltyper.patches.windows import read_header
-from celltyper.predict import pick_device
 from celltyper.probes import DEFAULT, PROBES, Probe, check_options, fit_probe
 from celltyper.runs import LAST_FILE, check_output, resolve_encoder, start_folder
 
@@ -95,7 +95,7 @@ def train_patches(
         from), ``config.yaml``, ``run.json``, and of a head that is trained by gradient
         ``last.safetensors`` and ``history.csv``.
     device : str
-        See `celltyper.predict.pick_device`.
+        See `celltyper.devices.pick_device`.
     resume : bool
         Go on with an unfinished run of the same config; the result equals an uninterrupted run.
     overwrite : bool

@@ -86,10 +86,10 @@ def check(name: str, weights: str | None, image: Path | None, device: str, quiet
     """
     start_log(quiet)
     from celltyper.datasets import read_image
+    from celltyper.devices import pick_device
     from celltyper.encoders import find_card, load_encoder
     from celltyper.encoders.examine import examination_text, examine
     from celltyper.encoders.hub import MADE_NAMES, find_weights, weights_here
-    from celltyper.predict import pick_device
     from celltyper.readers.hgsc import fetch_hgsc
 
     card, place = find_card(name), pick_device(device)

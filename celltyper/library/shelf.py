@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 from celltyper.cache import cache_folder
 from celltyper.errors import CheckpointError, ConfigError
-from celltyper.library.files import MODEL_FILE, PROTOCOL_FILE, read_header
+from celltyper.library.files import CONFIG_FILE, MODEL_FILE, PROTOCOL_FILE, read_header
 
-_OF_A_RUN = (MODEL_FILE, PROTOCOL_FILE, "config.yaml")
+_OF_A_RUN = (MODEL_FILE, PROTOCOL_FILE, CONFIG_FILE)
 """What tells a folder of a run, finished or not, from any other."""
 OF_MODEL = "model:"
 """How weights begin in a config that are those of a model."""

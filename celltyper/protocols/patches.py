@@ -36,9 +36,10 @@ from celltyper.classification.training import (
     type_rows,
 )
 from celltyper.config import dump_config
+from celltyper.devices import pick_device
 from celltyper.errors import DataError
+from celltyper.library.files import CONFIG_FILE
 from celltyper.patches.table import PatchTable
-from celltyper.predict import pick_device
 from celltyper.protocols.folder import (
     check_folder,
     claim_runs,
@@ -52,7 +53,7 @@ from celltyper.protocols.folder import (
 from celltyper.protocols.plan import PlannedRun, plan_runs
 from celltyper.protocols.protocol import FIXED, Protocol, variant_configs
 from celltyper.protocols.scores import SCORES_FILE
-from celltyper.runs import CONFIG_FILE, SPLIT_FILE
+from celltyper.runs import SPLIT_FILE
 
 logger = logging.getLogger("celltyper")
 

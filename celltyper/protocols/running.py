@@ -21,7 +21,7 @@ from celltyper.config import Config
 from celltyper.datasets import Dataset
 from celltyper.datasets.splitting import class_counts
 from celltyper.evaluation import score_image, summarise
-from celltyper.library.files import RUN_FILE
+from celltyper.library.files import CONFIG_FILE, RUN_FILE
 from celltyper.models import build_model
 from celltyper.parts import Parts, open_whole
 from celltyper.predict import predict_image
@@ -39,7 +39,7 @@ from celltyper.protocols.plan import PlannedRun, plan_runs
 from celltyper.protocols.protocol import Protocol, variant_configs
 from celltyper.protocols.scores import SCORES_FILE, write_scores
 from celltyper.reporting import notice_of
-from celltyper.runs import CONFIG_FILE, SPLIT_FILE
+from celltyper.runs import SPLIT_FILE
 from celltyper.training import (
     check_room,
     check_settings,
@@ -87,7 +87,7 @@ def run_protocol(
         Folder of the protocol: ``protocol.json`` and a run folder for every run, each with
         ``split.json`` and ``scores.npz`` beside what `celltyper.train` writes.
     device : str
-        See `celltyper.predict.pick_device`.
+        See `celltyper.devices.pick_device`.
     resume : bool
         Go on with the same protocol: finished runs stay, an unfinished one goes on exactly.
     overwrite : bool

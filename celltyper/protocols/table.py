@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from celltyper.errors import DataError
 from celltyper.evaluation import BLOCK_PX, MIN_GROUPS, SCORES, ImageScores, summarise
-from celltyper.library.files import PROTOCOL_FILE
+from celltyper.library.files import CONFIG_FILE, PROTOCOL_FILE
 from celltyper.metrics.bootstrap import PairedDifference, cluster_bootstrap, paired_bootstrap
 from celltyper.metrics.ratios import mean_of_known
 from celltyper.protocols.pooling import (
@@ -26,7 +26,6 @@ from celltyper.protocols.pooling import (
 )
 from celltyper.protocols.protocol import Protocol
 from celltyper.protocols.scores import SCORES_FILE, read_scores
-from celltyper.runs import CONFIG_FILE
 
 MEAN = "mean"
 """Stands for the domain in the row that averages them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,10 @@ def scale_bar(width: float, mpp: float) -> float:
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Pillow's own font has neither micro nor Greek letters; matplotlib ships one that does.
-    import matplotlib as mpl
-
-    return ImageFont.truetype(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    # Pillow's own font has neither micro nor Greek letters; matplotlib, which takes a third of a
+    # second to import, ships one that does.
+    package = find_spec("matplotlib")
+    assert package is not None
+    assert package.origin is not None
+    fonts = Path(package.origin).parent / "mpl-data" / "fonts" / "ttf"
+    return ImageFont.truetype(fonts / "DejaVuSans.ttf", size)

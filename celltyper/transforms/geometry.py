@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from celltyper.types import Image, Labels
 
+ORDER = (0, 4, 2, 6, 1, 3, 5, 7)
+"""Symmetries in the order in which few of them are taken: as it is, mirrored, quarter turns."""
+
 ELASTIC_SPACING = 32
 """Pixels between the control points of the elastic field."""
 

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from celltyper.models import CellTyper
-from celltyper.predict import activated_maps, autocast, mean_of_tiles
+from celltyper.devices import autocast
+from celltyper.models import CellTyper, activated_maps, mean_of_tiles
 from celltyper.slides import Slide, read_ahead
 from celltyper.tiling import Region, Tile, mirror
 from celltyper.types import Image

@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from celltyper import __version__
 from celltyper.atomic import is_draft, make_folder, write_json
-from celltyper.calibration import ABSTAINED
-from celltyper.cells.colors import UNTYPED
+from celltyper.calibration import ABSTAINED, threshold_of
+from celltyper.cells.colors import UNTYPED, colors_of
 from celltyper.cells.geojson import write_geojson
 from celltyper.cells.stream import CellsWriter, iter_cells
 from celltyper.domain import Distance
 from celltyper.errors import ConfigError
 from celltyper.library.cards import card_line
-from celltyper.models import CellTyper, colors_of, threshold_of
+from celltyper.models import CellTyper, pick_precision
 from celltyper.outputs import (
     CELLS_FILE,
     GEOJSON_FILE,
@@ -41,7 +41,6 @@ from celltyper.outputs import (
     is_done,
     is_slide,
 )
-from celltyper.predict import pick_precision
 from celltyper.report.amounts import amount
 from celltyper.report.slide import write_slide_report
 from celltyper.slides import Slide, TissueMask
@@ -153,7 +152,7 @@ def infer_slide(
     precision = precision or pick_precision(model, None)
     if embeddings:
         the_encoder(model)
-    threshold_of(model, abstain)
+    threshold_of(model.calibration, model.classes, abstain)
     identity = {
         "celltyper": __version__,
         "model": digest_of(model),
@@ -336,7 +335,7 @@ def _finish(
     model, slide, plan = worker.model, worker.slide, worker.plan
     assert model is not None
     names, colors = model.classes, colors_of(model)
-    if threshold_of(model, worker.abstain):
+    if threshold_of(model.calibration, model.classes, worker.abstain):
         names, colors = (*names, ABSTAINED), (*colors, UNTYPED)
     distance = None if model.domain is None else model.domain.of_image(worker.distances())
     before = float(_read(worker.folder / _CLOCK_FILE)["before"])

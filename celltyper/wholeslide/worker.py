@@ -15,18 +15,19 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from celltyper.atomic import write_json
+from celltyper.calibration import threshold_of
 from celltyper.cells.morphology import measure
 from celltyper.cells.outlines import Place
 from celltyper.cells.table import add_embeddings, cells_table, write_parquet
 from celltyper.checkpoints import load_model
+from celltyper.devices import pick_device
 from celltyper.instances.blocks import decode_block
 from celltyper.labels import mean_in_labels
-from celltyper.models import PHENOTYPE, CellTyper, threshold_of
+from celltyper.models import CellTyper
 from celltyper.outputs import MAPS_FOLDER
-from celltyper.predict import pick_device
 from celltyper.slides import Slide, TissueMask
 from celltyper.tiling import Region
-from celltyper.types import Image, Labels, Prediction
+from celltyper.types import PHENOTYPE, Image, Labels, Prediction
 from celltyper.wholeslide.embeddings import (
     FeatureGrid,
     embeddings_at,
@@ -243,7 +244,7 @@ class Worker:
                 model.classes,
                 colors=model.colors,
                 calibration=model.calibration,
-                threshold=threshold_of(model, self.abstain),
+                threshold=threshold_of(model.calibration, model.classes, self.abstain),
             ),
             mpp,
             place=Place(0, 0, grid.scale_x, grid.scale_y, region.row, region.col),
