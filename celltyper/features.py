@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from celltyper.atomic import atomic_path, make_folder
+from celltyper.devices import autocast
 from celltyper.encoders.trainability import fingerprint
 from celltyper.errors import ConfigError
 from celltyper.tiling import Region, read_padded, tile_grid
@@ -108,6 +109,8 @@ class FeatureCache:
         Bytes that the folder may hold. Files that were not used for longest go first.
     batch_size : int
         Windows per forward pass.
+    precision : {"fp32", "bf16", "fp16"}
+        Of the forward pass; what is kept has 16 bits in any case.
 
     Attributes
     ----------
@@ -124,6 +127,7 @@ class FeatureCache:
         overlap: int,
         limit: int,
         batch_size: int = 4,
+        precision: str = "fp32",
     ) -> None:
         self.encoder = encoder
         self.folder = folder
@@ -140,6 +144,7 @@ class FeatureCache:
             )
         self.limit = limit
         self.batch_size = batch_size
+        self.precision = precision
         self.key = self._key()
 
     def rounded(self, size: int) -> int:
@@ -198,7 +203,9 @@ class FeatureCache:
             part = reads[start : start + self.batch_size]
             pixels = np.stack([read_padded(image, read) for read in part])
             batch = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
-            for cells, stride, found in zip(maps, self.strides, self.encoder(batch), strict=True):
+            with autocast(device, self.precision):
+                levels = self.encoder(batch)
+            for cells, stride, found in zip(maps, self.strides, levels, strict=True):
                 side = self.tile // stride
                 host = found.permute(0, 2, 3, 1).half().cpu().numpy()
                 if not np.isfinite(host).all():
@@ -255,6 +262,8 @@ class FeatureCache:
         for name, buffer in self.encoder.named_buffers():
             digest.update(name.encode() + buffer.cpu().numpy().tobytes())
         digest.update(repr((_FORMAT, sorted(settings.items()), self.tile, self.overlap)).encode())
+        if self.precision != "fp32":
+            digest.update(self.precision.encode())
         return digest.digest()
 
     def _path(self, image: Image) -> Path:

@@ -102,9 +102,7 @@ def train(
     """
     output = Path(output)
     place = check_settings(config, device)
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bf16" if multiplies_bf16(place) else "fp32"
+    precision = training_precision(config, place)
     parts = divide(config.data, config.seed)
     check_stopping(config, parts)
     samples = list(parts.train)
@@ -125,7 +123,7 @@ def train(
         if new:
             logger.info("%s does not know %s", config.start, ", ".join(new))
     samples = [_at_mpp(sample, config.data.mpp) for sample in samples]
-    cache = feature_cache(config, model) if config.encoder.cache else None
+    cache = feature_cache(config, model, place) if config.encoder.cache else None
     if cache is not None:
         # The model is used on such tiles as it was trained and validated on.
         model.tile, model.overlap = cache.tile, cache.overlap
@@ -211,8 +209,15 @@ def check_stopping(config: Config, parts: Parts) -> None:
         )
 
 
-def feature_cache(config: Config, model: CellTyper) -> FeatureCache:
-    """Where the features of a frozen encoder are kept, and by which tiles they are computed."""
+def training_precision(config: Config, place: torch.device) -> str:
+    """Precision of training on a device: as configured, or bf16 where it is multiplied."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    return "bf16" if multiplies_bf16(place) else "fp32"
+
+
+def feature_cache(config: Config, model: CellTyper, place: torch.device) -> FeatureCache:
+    """Where the features of a frozen encoder are kept, and how they are computed."""
     return FeatureCache(
         model.encoder,
         cache_folder() / "features",
@@ -220,6 +225,7 @@ def feature_cache(config: Config, model: CellTyper) -> FeatureCache:
         overlap=model.overlap,
         limit=int(config.encoder.cache_gb * 1e9),
         batch_size=config.infer.batch_size,
+        precision=training_precision(config, place),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import celltyper
+from celltyper import devices
 from celltyper.config import Augment, Config, parse_config
 from celltyper.datasets import TileSampler
 from celltyper.encoders import load_encoder
@@ -62,6 +63,28 @@ def test_canvas_is_put_together_from_the_inner_parts_of_windows(tmp_path: Path) 
     expected = cache.encoder(batch)[2][0, :, 1:3, 1:3]
     found = canvas.window(Region(32, 64, 32, 32))[2]
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_features_have_the_precision_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_has_bf16_instructions", lambda: True)
+    encoder, image = load_encoder("vit_tiny_patch16", "twin"), picture()
+    settings = {"tile": 64, "overlap": 32, "limit": GB}
+    full, half = (
+        FeatureCache(encoder, tmp_path, precision=precision, **settings)
+        for precision in ("fp32", "bf16")
+    )
+    seen = []
+    encoder.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    a, b = full.canvas(image), half.canvas(image)
+    assert set(seen[: len(seen) // 2]) == {False}
+    assert set(seen[len(seen) // 2 :]) == {True}
+    # kept apart, and nearly the same
+    assert a.file != b.file
+    for x, y in zip(a.maps, b.maps, strict=True):
+        assert (x != y).any()
+        np.testing.assert_allclose(x, y, rtol=0.1, atol=0.1)
 
 
 def test_model_on_kept_features_equals_the_model(tmp_path: Path) -> None:

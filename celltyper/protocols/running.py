@@ -190,7 +190,7 @@ def _check_variant(
         check_stopping(config, Parts(whole.subset(run.train), whole.subset(run.val), {}))
     model = build_model(config, whole.classes, config.data.mpp, whole.colors)
     if config.encoder.cache:
-        cache = feature_cache(config, model)
+        cache = feature_cache(config, model, model.device)
         shapes = {n: _shape_at(seen.shape[n], seen.mpp[n], config.data.mpp) for n in names}
         for run in runs:
             check_room(config, cache, [shapes[n] for n in run.train])
@@ -246,7 +246,7 @@ def _score(
 ) -> None:
     """Predict the test images of a trained run and keep how their cells matched."""
     model = load_model(folder, device=place, allow_code=True)
-    cache = feature_cache(config, model) if config.encoder.cache else None
+    cache = feature_cache(config, model, place) if config.encoder.cache else None
     images = []
     bar = tqdm(run.test, desc="test", unit="image", disable=None if progress else True)
     for name in bar:
