@@ -175,7 +175,7 @@ class CellTyper(nn.Module):
 
         Runs in evaluation mode; the previous mode is restored.
         """
-        with evaluating(self):
+        with _evaluating(self):
             batch, known = self._batch_of(pixels, features)
             with autocast(self.device, pick_precision(self, precision)):
                 if embed and known is None:
@@ -195,7 +195,7 @@ class CellTyper(nn.Module):
         features: Sequence[Sequence[Tensor]] | None = None,
     ) -> NDArray[np.float32]:
         """Mean of the encoder's last feature map over each tile, (B, C); no decoder runs."""
-        with evaluating(self):
+        with _evaluating(self):
             batch, known = self._batch_of(pixels, features)
             with autocast(self.device, precision):
                 return mean_of_tiles(list(self.encoder(batch)) if known is None else known)
@@ -332,7 +332,7 @@ def mean_of_tiles(features: Sequence[Tensor]) -> NDArray[np.float32]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, the previous one afterwards."""
     was_training = model.training
     model.eval()
