@@ -127,7 +127,7 @@ def train(
     "-m",
     "--model",
     type=MODEL,
-    help="Run folder, checkpoint, or name of a model.  [default: that of the box]",
+    help="Run folder, checkpoint, .onnx or name of a model.  [default: that of the box]",
 )
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
 @click.option("--mpp", type=float, help="Micrometres per pixel.  [default: as the files say]")
