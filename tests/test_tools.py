@@ -23,6 +23,8 @@ def test_tool_shows_its_help(
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
+    # a script may import its neighbours
+    monkeypatch.syspath_prepend(path.parent)
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", [path.name, "--help"])
     with pytest.raises(SystemExit) as stop:

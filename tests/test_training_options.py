@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from celltyper import loop, predict
+from celltyper import devices, loop
 from celltyper.checkpoints import read_tensors
 from celltyper.config import Config, dump_config
 from celltyper.decoders.linear import LinearDecoder
@@ -32,7 +32,7 @@ def last(run: Path) -> dict[str, Tensor]:
 def test_bf16_trains_and_validates_in_bf16_and_keeps_weights_in_fp32(
     tiny: Tiny, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "_has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(devices, "_has_bf16_instructions", lambda: True)
     seen: list[tuple[bool, torch.dtype]] = []
     forward = LinearDecoder.forward
 
@@ -62,7 +62,7 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(
     supported: bool,
     taken: str,
 ) -> None:
-    monkeypatch.setattr(predict, "_has_bf16_instructions", lambda: supported)
+    monkeypatch.setattr(devices, "_has_bf16_instructions", lambda: supported)
     runs = [
         train(
             tiny(made_data, f"train.precision={precision}", "train.steps=2"),
@@ -82,7 +82,7 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(
 def test_bf16_is_refused_where_it_would_be_emulated(
     tiny: Tiny, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "_has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(devices, "_has_bf16_instructions", lambda: False)
     with pytest.raises(ConfigError, match="precision bf16 is not supported by this CPU; use fp32"):
         train(tiny(made_data, "train.precision=bf16"), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
