@@ -59,6 +59,7 @@ class ExportedModel:
     ) -> None:
         self.path = Path(path)
         self._session, facts = _opened(self.path, threads)
+        self._outputs = [output.name for output in self._session.get_outputs()]
         method, options = facts["instances"]["method"], facts["instances"]["options"]
         if ":" in method and not allow_code:
             raise CheckpointError(
@@ -115,11 +116,12 @@ class ExportedModel:
     def _one(self, tile: NDArray[np.uint8], symmetries: int) -> dict[str, NDArray[np.float32]]:
         """Maps of a tile (H, W, 3), each (C, H, W), and its embedding as it is."""
         image = tile.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
-        names = [output.name for output in self._session.get_outputs()]
         total: dict[str, NDArray[np.float32]] = {}
         for which in ORDER[:symmetries]:
             turned = np.ascontiguousarray(_turned(image, which))
-            given = dict(zip(names, self._session.run(None, {"images": turned}), strict=True))
+            given = dict(
+                zip(self._outputs, self._session.run(None, {"images": turned}), strict=True)
+            )
             if not total:
                 total = {name: values[0] for name, values in given.items()}
                 continue

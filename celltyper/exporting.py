@@ -479,7 +479,7 @@ def _difference_of_file(whole: nn.Module, path: Path, format: str, size: int) ->
 def largest_difference(whole: nn.Module, run: Callable[[Tensor], Any], size: int) -> float:
     """Largest difference between two models on images that neither was captured with."""
     largest = 0.0
-    for images in _images(size):
+    for images in made_images(size):
         with torch.no_grad():
             pairs = list(zip(whole(images), run(images), strict=True))
         for own, other in pairs:
@@ -491,7 +491,7 @@ def largest_difference(whole: nn.Module, run: Callable[[Tensor], Any], size: int
     return largest
 
 
-def _images(size: int) -> Iterator[Tensor]:
+def made_images(size: int) -> Iterator[Tensor]:
     """Noise, and smooth blobs in the colors of haematoxylin and eosin; one and three at a time."""
     generator = torch.Generator().manual_seed(0)
     pink, violet = torch.tensor([[231, 190, 215], [92, 64, 140]]).view(2, 1, 3, 1, 1) / 255

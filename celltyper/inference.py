@@ -87,8 +87,7 @@ def infer(
         Images, or folders of images.
     run : str, Path or None
         Run folder, checkpoint, or ``.onnx`` of `celltyper.exporting`. A plain word may be the
-        name of a model, and None is that of the
-        box: see `celltyper.library.shelf.find_model`.
+        name of a model, and None is that of the box: see `celltyper.library.shelf.find_model`.
     output : str or Path
         Folder to write to.
     mpp : float or None

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -25,7 +24,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from celltyper.atomic import atomic_path
 from celltyper.checkpoints import load_model
 from celltyper.exported import EXPORTED_FILE, FACTS, ExportedModel
-from celltyper.exporting import export_model
+from celltyper.exporting import export_model, made_images
 from celltyper.library.files import MODEL_FILE
 from celltyper.types import PHENOTYPE
 
@@ -154,13 +153,9 @@ def _reference(name: str, values: NDArray[np.float16], begin: int, location: str
 
 
 def _tissue(side: int) -> NDArray[np.uint8]:
-    """Smooth blobs in the colors of haematoxylin and eosin, (2, side, side, 3)."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(2, 1, side // 8, side // 8, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")
-    cells = (smooth.numpy().transpose(0, 2, 3, 1) - 0.5) * 12
-    pink, violet = np.array([231, 190, 215]), np.array([92, 64, 140])
-    return (pink + (violet - pink) / (1 + np.exp(-cells))).round().astype(np.uint8)
+    """Three tiles in the colors of haematoxylin and eosin, (3, side, side, 3)."""
+    *_, images = made_images(side)
+    return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def main() -> None:
