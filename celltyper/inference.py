@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -32,6 +33,7 @@ from celltyper.domain import Distance
 from celltyper.errors import ConfigError, DataError
 from celltyper.exported import ExportedModel, exported_for
 from celltyper.index import INDEX_FILE, read_index, write_index
+from celltyper.labels import label_boxes
 from celltyper.library.shelf import find_model
 from celltyper.outputs import (
     CELLS_FILE,
@@ -139,6 +141,7 @@ def infer(
     model, precision = _loaded(
         run, device, precision, encoder_weights=encoder_weights, allow_code=allow_code
     )
+    Thread(target=_get_ready, daemon=True).start()
     threshold = threshold_of(model.calibration, model.classes, abstain)
     new = not output.exists()
     make_folder(output)
@@ -261,6 +264,16 @@ def _loaded(
         autocast(place, precision)
     model = load_model(run, device=place, encoder_weights=encoder_weights, allow_code=allow_code)
     return model, pick_precision(model, precision)
+
+
+def _get_ready() -> None:
+    """Have loaded what cells will need, while the first image is read.
+
+    The first compiled function that is called loads all of numba, the first array made by pyarrow
+    loads pandas.
+    """
+    label_boxes(np.zeros((1, 1), np.int32))
+    pa.array([0])
 
 
 def find_images(inputs: Sequence[str | Path]) -> dict[str, Path]:

@@ -82,6 +82,27 @@ def test_feature_blocks_are_quarters_or_as_named() -> None:
             TimmViT(model, blocks=wrong)
 
 
+def test_an_encoder_of_fewer_than_four_blocks_gives_some_maps_twice() -> None:
+    options = {"depth": 3, "embed_dim": 48, "num_heads": 3, "dynamic_img_size": True}
+    model = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    encoder = TimmViT(model).eval()
+    assert encoder.blocks == [0, 1, 1, 2]
+    images = torch.rand(1, 3, 32, 48)
+    x = model.norm_pre(model._pos_embed(model.patch_embed(encoder.prepare(images))))
+    after = []
+    for block in model.blocks:
+        x = block(x)
+        after.append(x)
+    expected = [after[0], after[1], after[1], model.norm(after[2])]
+    for found, tokens in zip(encoder(images), expected, strict=True):
+        patches = tokens[:, 1:].transpose(1, 2).reshape(1, 48, 2, 3)
+        torch.testing.assert_close(found, patches)
+    for depth, blocks in ((2, [0, 0, 1, 1]), (1, [0, 0, 0, 0])):
+        model.blocks = model.blocks[:depth]
+        shallow = TimmViT(model)
+        assert (shallow.blocks, len(shallow(images))) == (blocks, 4)
+
+
 def test_blocks_behind_the_last_map_are_not_computed() -> None:
     encoder = load_encoder("uni", "twin", "full", feature_blocks=(0, 2))
     computed = []

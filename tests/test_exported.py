@@ -177,16 +177,29 @@ def test_in_int8_a_tile_does_not_depend_on_the_others(
     np.testing.assert_array_equal(one.labels, many.labels)
 
 
-def test_torch_is_not_loaded_for_the_box(made_data: Path, tmp_path: Path) -> None:
+def test_what_is_not_needed_is_not_loaded_for_the_box(made_data: Path, tmp_path: Path) -> None:
     image = str(made_data / "test" / "images")
     code = (
         "import sys; from celltyper.__main__ import cli; "
         f"cli(['infer', {image!r}, '-o', {str(tmp_path / 'out')!r}, '--device', 'cpu'],"
-        " standalone_mode=False); assert 'torch' not in sys.modules, 'torch'"
+        " standalone_mode=False); slow = {'torch', 'scipy.ndimage', 'skimage.morphology'};"
+        " assert not slow & set(sys.modules), slow & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     facts = json.loads((tmp_path / "out" / "infer.json").read_text())
     assert (facts["device"], facts["precision"]) == ("cpu", "int8")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 19])
+def test_tiles_are_the_same_on_any_number_of_processors(file: Path, threads: int) -> None:
+    model = ExportedModel(file, threads=threads)
+    rng = np.random.default_rng(3)
+    tiles = rng.integers(0, 256, (5, model.tile, model.tile, 3), np.uint8)
+    together = model.predict_tiles(tiles, symmetries=2).maps
+    for i, tile in enumerate(tiles):
+        alone = model.predict_tiles(tile[None], symmetries=2).maps
+        for name, values in alone.items():
+            np.testing.assert_array_equal(together[name][i], values[0])
 
 
 def test_which_file_stands_for_a_model(

@@ -26,7 +26,7 @@ class TimmViT(Prepared):
         ``dynamic_img_size=True``.
     blocks : sequence of int or "quarters"
         Blocks (from 0) whose maps are given; "quarters" takes the last block of each quarter of
-        the depth.
+        the depth; of an encoder of fewer than four blocks it takes some twice.
     mean, std : sequence of 3 float
         Normalisation of RGB in [0, 1].
     embedding : {"cls", "mean", "cls+mean"}
@@ -86,13 +86,16 @@ class TimmViT(Prepared):
             patches reach past its border, into a repeat of the border pixels.
         """
         x = self.prepare(images)
-        tokens, maps = self.model.forward_intermediates(
-            x, indices=self.blocks, norm=False, stop_early=True, output_fmt="NCHW"
+        different = sorted(set(self.blocks))
+        tokens, found = self.model.forward_intermediates(
+            x, indices=different, norm=False, stop_early=True, output_fmt="NCHW"
         )
+        by_block = dict(zip(different, found, strict=True))
+        maps = [by_block[block] for block in self.blocks]
         rows, cols = (side // self.prepare.stride for side in x.shape[2:])
         last = tokens[:, self.model.num_prefix_tokens :].transpose(1, 2)
         maps[-1] = last.unflatten(2, (rows, cols))
-        return list(maps)
+        return maps
 
     def embed_whole(self, images: Tensor) -> Tensor:
         """As `embed`, of images that are neither scaled nor cut.
@@ -130,9 +133,7 @@ class TimmViT(Prepared):
 
 def _block_indices(blocks: Sequence[int] | str, depth: int) -> list[int]:
     if blocks == "quarters":
-        if depth < 4:
-            raise ConfigError(f"feature_blocks 'quarters' needs 4 blocks, the encoder has {depth}")
-        return [round(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
+        return [max(round(depth * quarter / 4), 1) - 1 for quarter in (1, 2, 3, 4)]
     indices = [int(block) for block in blocks]
     if not indices or sorted(set(indices)) != indices or not 0 <= indices[0] <= indices[-1] < depth:
         raise ConfigError(

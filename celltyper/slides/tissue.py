@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import shapely
 from numpy.typing import NDArray
-from scipy import ndimage
-from skimage.filters import threshold_otsu
-from skimage.morphology import remove_small_holes, remove_small_objects
 
 from celltyper.slides.slide import Slide, require_mpp
 from celltyper.tiling import Region
@@ -134,6 +131,11 @@ def tissue_mask(slide: Slide, *, mpp: float = 8.0) -> TissueMask:
     DataError
         If the slide states no resolution.
     """
+    # a second at every start, which images that are no slides need not pay
+    from scipy import ndimage
+    from skimage.filters import threshold_otsu
+    from skimage.morphology import remove_small_holes, remove_small_objects
+
     x, y = require_mpp(slide)
     grid = slide.grid(max(mpp, x, y))
     pixels = slide.read(Region(0, 0, grid.height, grid.width), max(mpp, x, y))
