@@ -131,8 +131,10 @@ def test_published_model_names_no_path(
     ]
     tool.ship(run, made_data / "train", rows, tmp_path / "box" / "nuclei")
     folder = tmp_path / "box" / "nuclei"
-    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "run.json", "card.yaml"}
+    files = {"model.safetensors", "run.json", "card.yaml", "config.yaml"}
+    assert {p.name for p in folder.iterdir()} == files
     _, header = read_tensors(folder / "model.safetensors")
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == header["config"]
     for text in (json.dumps(header), *(f.read_text() for f in folder.glob("*.[jy]*"))):
         assert str(made_data.parent) not in text
         assert str(tmp_path) not in text

@@ -22,7 +22,7 @@ from celltyper.exported import EXPORTED_FILE
 from celltyper.library import shelf
 from celltyper.library.cards import card_line, read_card
 from celltyper.library.fetching import fetch_model, read_source, remove_model
-from celltyper.library.files import MODEL_FILE, is_half, read_header
+from celltyper.library.files import CONFIG_FILE, MODEL_FILE, is_half, read_header
 from celltyper.library.listing import description, table
 from celltyper.library.shelf import find_model, list_models, results_folder
 
@@ -294,6 +294,10 @@ def test_show_tells_the_card(places: tuple[Path, Path], celltyper_command: Run) 
             {"figures": [{**CARD["figures"][0], "source": "DSB 2018"}]},
             "DSB 2018 is in trained_on, so not apart as a source",
         ),
+        (
+            {"figures": [{**CARD["figures"][0], "apart": "left out"}]},
+            "CoNSeP test is not in trained_on, so apart as a source",
+        ),
     ],
 )
 def test_a_wrong_card_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -316,14 +320,22 @@ def test_the_card_in_the_docs_is_a_card(tmp_path: Path) -> None:
     assert (card.figures[0].value, card.not_for) == (0.61, ("diagnosis",))
 
 
-@pytest.mark.parametrize("apart", ["patients", "slides", "images"])
-def test_parts_of_a_source_that_trained_may_be_apart(tmp_path: Path, apart: str) -> None:
+@pytest.mark.parametrize(
+    ("apart", "said"),
+    [
+        ("left out", "by a model trained alike without it"),
+        ("patients", "patients not trained on"),
+        ("slides", "slides not trained on"),
+        ("images", "images not trained on"),
+    ],
+)
+def test_parts_of_a_source_that_trained_may_be_apart(tmp_path: Path, apart: str, said: str) -> None:
     figure = {**CARD["figures"][0], "source": "DSB 2018", "apart": apart}
     folder = put(tmp_path / "model", card=CARD | {"figures": [figure]})
     card = read_card(folder)
     assert card is not None
     assert card.figures[0].apart == apart
-    assert f"{apart} not trained on" in " ".join(description(folder).split())
+    assert said in " ".join(description(folder).split())
 
 
 def test_a_card_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -589,7 +601,7 @@ def keeps_its_promise(folder: Path) -> None:
     assert any("diagnos" in text for text in card.not_for)
     assert card.figures
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert files.keys() <= {MODEL_FILE, EXPORTED_FILE, "card.yaml", "run.json"}
+    assert files.keys() <= {MODEL_FILE, EXPORTED_FILE, CONFIG_FILE, "card.yaml", "run.json"}
     # the graph is no second copy of the weights
     assert files.get(EXPORTED_FILE, 0) < 2e6
 
@@ -599,6 +611,9 @@ def test_models_of_the_box_keep_its_promise(tmp_path: Path) -> None:
     for kept in list_models():
         if kept.place == "box":
             keeps_its_promise(kept.folder)
+            header = read_header(kept.folder / MODEL_FILE)
+            assert yaml.safe_load((kept.folder / CONFIG_FILE).read_text()) == header["config"]
+            assert "classes" in json.loads((kept.folder / "run.json").read_text())
     for wrong in (None, CARD | {"not_for": ["fluorescence"]}, CARD | {"figures": []}):
         with pytest.raises(AssertionError):
             keeps_its_promise(put(tmp_path / str(id(wrong)), card=wrong))

@@ -48,9 +48,10 @@ class Figure(Section):
         Name of the score, as ``celltyper eval`` prints it.
     value, low, high : float
         The score and its 95 % interval.
-    apart : {"source", "patients", "slides", "images"}
-        How far these images are from training: nothing of this source was trained on, nothing of
-        these patients or slides, or just not these images.
+    apart : {"source", "left out", "patients", "slides", "images"}
+        How far these images are from training: nothing of this source was trained on; the source
+        was, but the figure is of a model trained alike without it; nothing of these patients or
+        slides was, or just not these images.
     """
 
     source: str
@@ -59,7 +60,7 @@ class Figure(Section):
     value: float
     low: float
     high: float
-    apart: Literal["source", "patients", "slides", "images"]
+    apart: Literal["source", "left out", "patients", "slides", "images"]
 
     @model_validator(mode="after")
     def _value_lies_in_its_interval(self) -> Self:
@@ -100,6 +101,8 @@ class ModelCard(Section):
         for figure in self.figures:
             if figure.apart == "source" and figure.source in trained:
                 raise ValueError(f"{figure.source} is in trained_on, so not apart as a source")
+            if figure.apart == "left out" and figure.source not in trained:
+                raise ValueError(f"{figure.source} is not in trained_on, so apart as a source")
         return self
 
 

@@ -17,6 +17,7 @@ _WIDTH = 79
 _COLUMNS = ("name", "mpp", "encoder", "size", "licence", "from")
 _APART = {
     "source": "nothing of it trained on",
+    "left out": "by a model trained alike without it",
     "patients": "patients not trained on",
     "slides": "slides not trained on",
     "images": "images not trained on",
