@@ -347,8 +347,7 @@ cli.add_command(models)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; errors are one line, exit code 2 for wrong input, 1 for a failure."""
     debug = "--debug" in (sys.argv if arguments is None else arguments)
-    # else Python looks through all objects of all libraries as it ends: a third of a second
-    atexit.register(gc.freeze)
+    atexit.register(_end_fast)
     try:
         code = cli.main(args=arguments, prog_name="celltyper", standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -376,6 +375,15 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(f"celltyper: {text} (celltyper --debug shows where)", err=True)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end_fast() -> None:
+    """Spare Python looking through all objects of all libraries as it ends, a third of a second.
+
+    Where torch is loaded it has to: parts of it complain of what is left.
+    """
+    if "torch" not in sys.modules:
+        gc.freeze()
 
 
 def _show(error: click.ClickException) -> None:
