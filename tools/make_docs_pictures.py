@@ -1,6 +1,6 @@
 """Pictures of the documentation, from the folder that ``celltyper demo`` wrote.
 
-``make demo && python tools/make_docs_pictures.py demo`` writes docs/pictures; needs chromium.
+``make demo && python tools/make_docs_pictures.py demo`` writes them into docs; needs chromium.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from pathlib import Path
 
 from PIL import Image
 
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+DOCS = Path(__file__).parents[1] / "docs"
 SCREEN = 1000, 900
-WIDTH = 760
+WIDTH = 936
 COLORS = 128
-"""Few enough for files below 200 kB, enough for H&E with outlines."""
-CORNER = 0, 580, 1100, 1252
-"""Left, top, right, bottom of the part of the overlay that has every phenotype and the legend."""
+"""Few enough for files below 400 kB, enough for H&E with outlines."""
 
 
 def main() -> None:
@@ -27,9 +25,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("demo", type=Path, help="folder of celltyper demo")
     demo = parser.parse_args().demo
-    PICTURES.mkdir(exist_ok=True)
     save(screenshot(demo / "report.html"), "report.png")
-    save(Image.open(demo / "overlay.png").convert("RGB").crop(CORNER), "overlay.png")
+    save(Image.open(demo / "overlay.png").convert("RGB"), "demo.png")
 
 
 def screenshot(page: Path) -> Image.Image:
@@ -49,7 +46,7 @@ def screenshot(page: Path) -> Image.Image:
 def save(picture: Image.Image, name: str) -> None:
     """Write a picture at most `WIDTH` pixels wide, with a palette of its own."""
     picture.thumbnail((WIDTH, 2 * WIDTH), Image.Resampling.LANCZOS)
-    path = PICTURES / name
+    path = DOCS / name
     few = picture.quantize(COLORS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
