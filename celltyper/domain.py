@@ -47,11 +47,26 @@ class Distance(NamedTuple):
         """What to tell the reader of a far one; else empty."""
         if not self.is_far:
             return ""
+        return f"Unlike the training images: distance {self.value:.3g}, {self._meaning}"
+
+    @property
+    def _meaning(self) -> str:
         return (
-            f"Unlike the training images: distance {self.value:.3g}, and 95 % of the validation "
-            f"tiles are within {self.quantile:.3g}. The model may not know such tissue, stain or "
-            "scanner."
+            f"and 95 % of the validation tiles are within {self.quantile:.3g}. The model may not "
+            "know such tissue, stain or scanner."
         )
+
+
+def warning_of(images: Mapping[str, Distance]) -> str:
+    """What to tell of the images of one model, by name, in one line; empty if none is far."""
+    far = {name: distance for name, distance in images.items() if distance.is_far}
+    if len(far) <= 1:
+        return "".join(f"{name}: {distance.warning}" for name, distance in far.items())
+    values = sorted(distance.value for distance in far.values())
+    return (
+        f"{len(far)} of {len(images)} images are unlike the training images: distances "
+        f"{values[0]:.3g} to {values[-1]:.3g}, {next(iter(far.values()))._meaning}"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ from celltyper.config import one_line
 from celltyper.datasets import read_image
 from celltyper.datasets.images import IMAGE_SUFFIXES
 from celltyper.datasets.resolution import check_mpp
-from celltyper.domain import Distance
+from celltyper.domain import Distance, warning_of
 from celltyper.errors import ConfigError, DataError
 from celltyper.exported import ExportedModel, exported_for
 from celltyper.index import INDEX_FILE, read_index, write_index
@@ -148,6 +148,7 @@ def infer(
     entries: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     tables = []
+    said = False
     bar = tqdm(
         total=0, desc="infer", unit="tile", disable=None if progress else True, dynamic_ncols=True
     )
@@ -164,11 +165,13 @@ def infer(
             try:
                 image, own_mpp = read_image(path)
                 known = own_mpp if mpp is None else mpp
-                if known is None and assumed is not None:
+                if known is None and assumed is not None and not said:
+                    said = True
                     logger.warning(
-                        "%s states no resolution: taken as %g micrometres per pixel, a 40x scan; "
+                        "%s states no resolution: taken%s as %g micrometres per pixel, a 40x scan; "
                         "say --mpp if it is another",
                         name,
+                        ", like all others that state none," if len(paths) > 1 else "",
                         assumed,
                     )
                 prediction = predict_image(
@@ -192,8 +195,6 @@ def infer(
                 failed.append({"image": str(path), "error": str(error)})
                 continue
             distance = prediction.distance
-            if distance is not None and distance.is_far:
-                logger.warning("%s: %s", name, distance.warning)
             # From the first write on, the folder counts as unfinished until the index is there.
             if not entries:
                 clear(output)
@@ -214,6 +215,8 @@ def infer(
                 }
             )
             bar.set_postfix(cells=sum(e["cells"] for e in entries), refresh=False)
+    if warning := warning_of({e["name"]: Distance(**e["domain"]) for e in entries if e["domain"]}):
+        logger.warning(warning)
     if not entries:
         raise DataError(f"all {len(paths)} images failed, the first: {failed[0]['error']}")
     if len(paths) > 1:

@@ -27,7 +27,7 @@ from celltyper.calibration import (
 )
 from celltyper.cells.table import cells_table, colors_of, concat_cells, names_of, read_cells
 from celltyper.config import Config
-from celltyper.domain import evenly, fit_domain, ledoit_wolf
+from celltyper.domain import evenly, fit_domain, ledoit_wolf, warning_of
 from celltyper.errors import ConfigError
 from celltyper.evaluation import TypedCells
 from celltyper.metrics.calibration import classwise_calibration_error
@@ -440,6 +440,13 @@ def test_what_is_far_is_said() -> None:
     # the middle one of three decides
     assert (near.is_far, near.warning, far.is_far) == (False, "", True)
     assert far.warning.startswith("Unlike the training images: distance ")
+    assert warning_of({"a": near}) == ""
+    assert warning_of({"a": near, "b": far}) == f"b: {far.warning}"
+    farther = far._replace(value=far.value + 10)
+    assert warning_of({"a": near, "b": farther, "c": far}).startswith(
+        f"2 of 3 images are unlike the training images: distances {far.value:.3g} to "
+        f"{farther.value:.3g}, and 95 % of the validation tiles are within {far.quantile:.3g}. The"
+    )
 
 
 def test_training_images_are_known_again(

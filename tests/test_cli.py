@@ -386,6 +386,11 @@ def test_first_command_works_without_model_and_resolution(
     facts = strict_json(tmp_path / "out" / "infer.json")
     assert facts["images"][0]["mpp"] == 0.25
     assert facts["model"] == str(find_model())
+    # of many images once
+    shutil.copy(bare, tmp_path / "other.png")
+    code, _, warned = celltyper_command("infer", bare, tmp_path / "other.png", "-o", tmp_path / "2")
+    assert (code, warned.count("resolution"), warned.count("unlike the training")) == (0, 1, 1)
+    assert "bare states no resolution: taken, like all others that state none, as 0.25" in warned
     assert celltyper.load_model().classes == ("neoplastic", "inflammatory", "connective")
     # a model that was asked for has its own resolution, and so must the image
     code, _, err = celltyper_command("infer", bare, "-m", "nuclei", "-o", tmp_path / "other")
