@@ -7,7 +7,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -149,10 +149,12 @@ def infer(
     failed: list[dict[str, str]] = []
     tables = []
     said = False
+    writing: Future[pa.Table] | None = None
     bar = tqdm(
         total=0, desc="infer", unit="tile", disable=None if progress else True, dynamic_ncols=True
     )
-    with bar:
+    # an image is written while the next one is read and computed
+    with bar, ThreadPoolExecutor(1) as writer:
         for name, path in paths.items():
             folder = folders[name]
             done = bar.n
@@ -200,7 +202,6 @@ def infer(
                 clear(output)
                 for each in held:
                     clear_folder(each)
-            tables.append(write_prediction(folder, image, prediction, model))
             entries.append(
                 {
                     "name": name,
@@ -214,7 +215,12 @@ def infer(
                     "seconds": round(time.monotonic() - started, 2),
                 }
             )
+            if writing is not None:
+                tables.append(writing.result())
+            writing = writer.submit(write_prediction, folder, image, prediction, model)
             bar.set_postfix(cells=sum(e["cells"] for e in entries), refresh=False)
+        if writing is not None:
+            tables.append(writing.result())
     if warning := warning_of({e["name"]: Distance(**e["domain"]) for e in entries if e["domain"]}):
         logger.warning(warning)
     if not entries:

@@ -603,6 +603,37 @@ def test_disk_that_fills_up_during_infer(
     assert celltyper_command(*words).code == 0
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_disk_that_fills_up_at_one_of_several_images(
+    which: int,
+    trained: Path,
+    image: Path,
+    tmp_path: Path,
+    celltyper_command: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flush, out, folder = celltyper.atomic.flush, tmp_path / "out", tmp_path / "images"
+    folder.mkdir()
+    for name in "abc":
+        shutil.copy(image, folder / f"{name}.png")
+
+    def full(path: Path) -> None:
+        if path.parent == out / "abc"[which]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(path)
+
+    monkeypatch.setattr(celltyper.atomic, "flush", full)
+    code, said, err = celltyper_command("infer", folder, "-m", trained, "-o", out, "--mpp", 0.5)
+    assert (code, said) == (1, "")
+    assert_one_line(err, f"the disk of folder {out / 'abc'[which]} is full; free space")
+    assert_nothing_half_written(out)
+    # those before are whole, there is no index, and no image after it was begun
+    assert [(out / name / "cells.parquet").exists() for name in "abc"] == [
+        i < which for i in range(3)
+    ]
+    assert not (out / "infer.json").exists()
+
+
 def stops_in_step(number: int, error: BaseException) -> Callable[..., Any]:
     step, calls = celltyper.loop.objective, {"n": 0}
 
