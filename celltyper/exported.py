@@ -30,8 +30,8 @@ from celltyper.types import PHENOTYPE, MapSpec, OfTiles
 EXPORTED_FILE = "model.onnx"
 FACTS = "celltyper"
 """Key of the facts in the metadata of the file, see ``docs/export.md``."""
-SIDE_BY_SIDE = 8
-"""Tiles that are computed at a time at most: each takes memory."""
+SIDE_BY_SIDE = 4
+"""Tiles that are computed at a time at most: each takes memory, of the box a fortieth of a GB."""
 EMBEDDING = "embedding"
 """Output that follows the maps, if the model knows its training images."""
 
@@ -78,7 +78,7 @@ class ExportedModel:
         self.colors: tuple[str, ...] = tuple(facts["colors"])
         self.mpp: float | None = facts["mpp"]
         self.tile, self.overlap = int(facts["tile"]), int(facts["overlap"])
-        self.batch_size = 2 * SIDE_BY_SIDE
+        self.batch_size = 4 * SIDE_BY_SIDE
         # files of earlier versions say nothing of the rest
         self.symmetries = int(facts.get("symmetries", 1))
         self.precision = str(facts.get("precision", "fp32"))
