@@ -4,16 +4,19 @@ python tools/bench_box.py IMAGES [--mpp 0.25] [--model nuclei]
 
 Runs `celltyper infer` on the folder, then on one image of 2,000 x 2,000 px put together from
 the first ones, each in a process of its own, started anew: its time has all that Python loads.
+Medians of three runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from celltyper.datasets import read_image
 from celltyper.inference import find_images
 
 SIDE = 2000
+RUNS = 3
 
 
 def main() -> None:
@@ -42,16 +46,22 @@ def main() -> None:
         print("|---|---|---|---|---|")
         for source, size in megapixels.items():
             command = [sys.executable, "-m", "celltyper", "infer", source, "-m", options.model]
-            command += ["--mpp", str(options.mpp), "-o", Path(work) / f"out-{source.stem}", "-q"]
-            started = time.perf_counter()
-            process = subprocess.Popen(command)
-            _, status, used = os.wait4(process.pid, 0)
-            seconds = time.perf_counter() - started
-            if status:
-                raise SystemExit(f"{command} failed")
-            memory = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+            command += ["--mpp", str(options.mpp), "-o", Path(work) / f"out-{source.stem}"]
+            runs = [cost([*command, "-q", "--overwrite"]) for _ in range(RUNS)]
+            seconds, memory = (statistics.median(values) for values in zip(*runs, strict=True))
             name = f"{len(pictures)} images" if source == options.images else "one image"
             print(f"| {name} | {size:.1f} | {seconds:.1f} | {size / seconds:.2f} | {memory:.2f} |")
+
+
+def cost(command: Sequence[str | Path]) -> tuple[float, float]:
+    """Seconds of a process, and gigabytes at its peak."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        raise SystemExit(f"{command} failed")
+    return seconds, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def patchwork(pictures: list[np.ndarray], side: int) -> np.ndarray:
