@@ -367,8 +367,8 @@ def card(fields: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "limits": [
             "All classes come from two fields of one ovarian carcinoma, labelled by a model: "
             "elsewhere a first guess, not scored; benign epithelium has no class.",
-            "These two fields are also all the annotated tissue with eosin: a model without them "
-            "takes fibres of stroma for nuclei.",
+            "These two fields are also nearly all the annotated tissue with eosin: a model without "
+            "them takes fibres of stroma for nuclei.",
             "Pale nuclei are missed, and outlines of small nuclei are poor.",
             "Ink and dyed margins are found as nuclei here and there.",
             "No H&E field was outlined by hand but those of DSB 2018, most with little eosin; "
