@@ -31,7 +31,7 @@ EXPORTED_FILE = "model.onnx"
 FACTS = "celltyper"
 """Key of the facts in the metadata of the file, see ``docs/export.md``."""
 SIDE_BY_SIDE = 4
-"""Tiles that are computed at a time at most: each takes memory, of the box a fortieth of a GB."""
+"""Tiles that are computed at a time at most: each takes memory, of the box 40 MB."""
 EMBEDDING = "embedding"
 """Output that follows the maps, if the model knows its training images."""
 
@@ -64,8 +64,9 @@ class ExportedModel:
     ) -> None:
         self.path = Path(path)
         threads = threads or processors()
-        self._side_by_side = min(threads, SIDE_BY_SIDE)
-        self._session, facts = _opened(self.path, threads // self._side_by_side)
+        each = -(-threads // SIDE_BY_SIDE)
+        self._side_by_side = threads // each
+        self._session, facts = _opened(self.path, each)
         self._outputs = [output.name for output in self._session.get_outputs()]
         method, options = facts["instances"]["method"], facts["instances"]["options"]
         if ":" in method and not allow_code:

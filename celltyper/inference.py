@@ -148,6 +148,7 @@ def infer(
     entries: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     tables = []
+    distances: dict[str, Distance] = {}
     said = False
     writing: Future[pa.Table] | None = None
     bar = tqdm(
@@ -197,6 +198,8 @@ def infer(
                 failed.append({"image": str(path), "error": str(error)})
                 continue
             distance = prediction.distance
+            if distance is not None:
+                distances[name] = distance
             # From the first write on, the folder counts as unfinished until the index is there.
             if not entries:
                 clear(output)
@@ -221,7 +224,7 @@ def infer(
             bar.set_postfix(cells=sum(e["cells"] for e in entries), refresh=False)
         if writing is not None:
             tables.append(writing.result())
-    if warning := warning_of({e["name"]: Distance(**e["domain"]) for e in entries if e["domain"]}):
+    if warning := warning_of(distances):
         logger.warning(warning)
     if not entries:
         raise DataError(f"all {len(paths)} images failed, the first: {failed[0]['error']}")

@@ -131,7 +131,7 @@ def tissue_mask(slide: Slide, *, mpp: float = 8.0) -> TissueMask:
     DataError
         If the slide states no resolution.
     """
-    # a second at every start, which images that are no slides need not pay
+    # slow to load, which images that are no slides need not wait for
     from scipy import ndimage
     from skimage.filters import threshold_otsu
     from skimage.morphology import remove_small_holes, remove_small_objects
